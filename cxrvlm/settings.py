@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'Share', 'Floats', 'Fractions', 'words', 'Checked', 'DataSettings', 'EncoderSettings',
            'TrainingSettings', 'SweepSettings', 'VLMAugmentations', 'SimCLRAugmentations', 'Settings', 'Arm',
-           'SettingsError', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'load_settings', 'load_arm',
-           'replace', 'digest']
+           'SettingsError', 'from_root', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'load_settings',
+           'load_arm', 'replace', 'digest', 'check_parameters']
 
-# %% ../nbs/00_settings.ipynb #b868ba77
+# %% ../nbs/00_settings.ipynb #67d60619
+import ast
 import configparser
 import difflib
 import hashlib
@@ -18,14 +19,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-# %% ../nbs/00_settings.ipynb #4c732316
+# %% ../nbs/00_settings.ipynb #65daab3d
 def words(text):
     "Split a string at blanks; leave anything else alone."
     return tuple(text.split()) if isinstance(text, str) else text
 
 Count = Annotated[int, Field(ge=0)]
 Natural = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Floats = Annotated[tuple[Positive, ...], BeforeValidator(words)]
 Fractions = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1), BeforeValidator(words)]
@@ -144,15 +145,21 @@ class Arm(Checked):
             raise ValueError("alpha, beta, gamma: must be 0, as DeCLIP's terms (eq 5) are not part of this version")
         return self
 
-# %% ../nbs/00_settings.ipynb #9362dab8
+# %% ../nbs/00_settings.ipynb #f998fd97
 class SettingsError(ValueError):
     "A settings.ini that cannot be what was meant."
+
+def from_root(
+    path: str | Path,  # absolute paths stay as they are
+) -> Path:
+    "A path that starts at the root of the repository, whatever the working directory."
+    return Path(find_spec("cxrvlm").origin).parents[1] / path
 
 def read_ini(
     path: str | Path | None = None,  # None: the settings.ini beside the package
 ) -> tuple[Path, configparser.ConfigParser]:
     "Read the file; comments may follow a value."
-    path = Path(path or Path(find_spec("cxrvlm").origin).parents[1] / "settings.ini")
+    path = Path(path or from_root("settings.ini"))
     if not path.is_file():
         raise SettingsError(f"{path} does not exist: give the path of a settings.ini, or work in a clone of the repository")
     parser = configparser.ConfigParser(default_section="", interpolation=None, inline_comment_prefixes=("#", ";"))
@@ -243,3 +250,23 @@ def digest(
     "A digest of everything that can change what a run computes."
     text = settings.model_dump_json(exclude={"arms", "fractions", "seeds", "workers"}) + arm.model_dump_json()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+# %% ../nbs/00_settings.ipynb #df1cc163
+def check_parameters(
+    executed: list[str],  # `In`: the source of the cells so far
+    values: dict,  # `globals()`
+    **types: type,  # the notebook's parameters
+) -> None:
+    "Refuse a parameter that does not exist or has the wrong type."
+    added = "\n".join(cell for cell in executed if cell.startswith("# Parameters"))
+    passed = [target.id for line in ast.parse(added).body for target in getattr(line, "targets", [])]
+    faults = []
+    for name in sorted(set(passed) - set(types)):
+        near = difflib.get_close_matches(name, types, n=1)
+        faults.append(f"there is no parameter {name}: " + (f"did you mean {near[0]}?" if near else f"use {', '.join(types)}"))
+    for name, kind in types.items():
+        fits = isinstance(values[name], (int, float) if kind is float else kind) and not isinstance(values[name], bool)
+        if not fits:
+            faults.append(f"{name} = {values[name]!r}: must be {kind.__name__}")
+    if faults:
+        raise SettingsError("; ".join(faults))
