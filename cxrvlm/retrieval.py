@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-# %% ../nbs/15_retrieval.ipynb #38ddba78
+# %% ../nbs/15_retrieval.ipynb #7619ed20
 GRID = 2.0**26  # steps per unit of an embedding's entry
+BLOCK = 2**20  # similarities computed at once
 
 def named_rows(
     bad: torch.Tensor,  # [N] bool
@@ -41,7 +42,7 @@ def unit_grid(
         raise ValueError(f"{name}: {named_rows(length[:, 0] == 0)} are all zeros and have no direction")
     return (x / length * GRID).round() / GRID
 
-# %% ../nbs/15_retrieval.ipynb #f4415568
+# %% ../nbs/15_retrieval.ipynb #1fa50827
 def cosine_scores(
     queries: torch.Tensor | np.ndarray,  # [N, E], the rows of the matrix
     candidates: torch.Tensor | np.ndarray,  # [M, E], its columns
@@ -51,15 +52,16 @@ def cosine_scores(
     if q.shape[1] != c.shape[1]:
         raise ValueError(f"queries have {q.shape[1]} dimensions and candidates {c.shape[1]}")
     columns = c.to(q.device).T.contiguous()
-    return lambda a, b: (q[a:b] @ columns).float()
+    step = max(1, BLOCK // columns.shape[1])  # the float64 products are never more than a block
+    return lambda a, b: torch.cat([(q[i : min(i + step, b)] @ columns).float() for i in range(a, b, step)])
 
-# %% ../nbs/15_retrieval.ipynb #6362dd22
+# %% ../nbs/15_retrieval.ipynb #a2beecd6
 def sorted_scores(
     scores: torch.Tensor,  # [n]
 ) -> torch.Tensor:  # [n], ascending
     "Scores in ascending order."
-    if not scores.isfinite().all():
-        raise ValueError("a similarity is NaN or infinite; look at the embeddings it was computed from")
+    if scores.isnan().any():
+        raise ValueError("a similarity is NaN; look at the embeddings it was computed from")
     return torch.from_numpy(np.sort(scores.numpy())) if scores.device.type == "cpu" else scores.sort().values
 
 def map_blocks(
@@ -71,9 +73,8 @@ def map_blocks(
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         return list(pool.map(lambda a: work(a, min(a + rows, n)), range(0, n, rows)))
 
-# %% ../nbs/15_retrieval.ipynb #b63a345e
-BLOCK = 2**20  # similarities in a block
-BLOCK_MAX = 2**24  # and at most, where there are millions of positives
+# %% ../nbs/15_retrieval.ipynb #6c5b94d3
+BLOCK_MAX = 2**26  # similarities in a block at most, where there are millions of positives
 
 def pair_auroc(
     scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N], rows a to b of the similarities
@@ -82,18 +83,20 @@ def pair_auroc(
 ) -> float:  # between 0 and 1
     "The exact area under the ROC curve over all N x N pairs; ties count one half."
     n = len(groups)
-    positive = lambda a, b: groups[a:b, None] == groups  # noqa: E731
+
+    def positives(a, b):
+        return scores(a, b)[groups[a:b, None] == groups]
+
     rows = max(1, block // n)
-    pos = sorted_scores(torch.cat(map_blocks(lambda a, b: scores(a, b)[positive(a, b)], n, rows)))
+    pos = sorted_scores(torch.cat(map_blocks(positives, n, rows)))
     if len(pos) == n * n:
         raise ValueError(f"all {n} x {n} pairs are positive: AUROC needs a negative pair, so at least two different reports")
 
     def twice_wins(a, b):
-        neg = sorted_scores(scores(a, b)[~positive(a, b)])
-        left, right = (torch.searchsorted(neg, pos, right=side, out_int32=True).sum() for side in (False, True))
-        return int(left) + int(right)
+        neg = sorted_scores(scores(a, b).masked_fill_(groups[a:b, None] == groups, torch.inf).flatten())
+        return sum(int(torch.searchsorted(neg, pos, right=side, out_int32=True).sum()) for side in (False, True))
 
-    rows = max(1, min(max(block, len(pos)), BLOCK_MAX) // n)
+    rows = max(1, min(max(block, 2 * len(pos)), BLOCK_MAX) // n)
     return sum(map_blocks(twice_wins, n, rows)) / (2 * len(pos) * (n * n - len(pos)))
 
 # %% ../nbs/15_retrieval.ipynb #bcc5e834

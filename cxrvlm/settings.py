@@ -169,7 +169,7 @@ def read_ini(
         raise SettingsError(f"{path.name} cannot be read: {error}") from None
     return path, parser
 
-# %% ../nbs/00_settings.ipynb #280896d7
+# %% ../nbs/00_settings.ipynb #585c4aa2
 def explain(
     error: dict,  # one of pydantic's `errors()`
     model: type[BaseModel],  # what was being filled
@@ -179,28 +179,32 @@ def explain(
     if not error["loc"]:
         return "  " + error["msg"].removeprefix("Value error, ")
     key = error["loc"][0]
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(error["loc"]) == 1:
         return f"  {key} is missing: add it to [{where(key)}]"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, model.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(model.model_fields))}"
         return f"  [{where(key)}] {key} is no setting: {hint}"
-    return f"  [{where(key)}] {key} = {error['input']}: {error['msg'].replace('Input should', 'it should')}"
+    allowed = error["msg"].replace("Input should", "it should").replace("Field required", "one more value is required")
+    return f"  [{where(key)}] {key} = {error['input']}: {allowed}"
 
 def fill(
     model: type[BaseModel],
     values: dict[str, str],
     where,  # key -> name of the section it stands in
     path: Path,
+    **name: str,  # what the section is called; not a setting
 ):
     "Fill `model` with the values, or say everything that is wrong with them."
+    for key in name.keys() & values.keys():
+        raise SettingsError(f"{path.name}: [{where(key)}] {key} is no setting: the section is called {name[key]}")
     try:
-        return model(**values)
+        return model(**values, **name)
     except ValidationError as error:
         faults = "\n".join(explain(e, model, where) for e in error.errors())
         raise SettingsError(f"{path.name} is not right:\n{faults}") from None
 
-# %% ../nbs/00_settings.ipynb #85df0fc2
+# %% ../nbs/00_settings.ipynb #4c0aa071
 def preset_names(path: str | Path | None = None) -> list[str]:
     "The presets in the file."
     return [s for s in read_ini(path)[1].sections() if s != "DEFAULT" and not s.startswith("arm ")]
@@ -218,7 +222,7 @@ def load_settings(
     if preset not in preset_names(path):
         raise SettingsError(f"{path.name} has no preset {preset!r}; it has {', '.join(preset_names(path))}")
     default, own = (dict(parser[s]) if s in parser else {} for s in ("DEFAULT", preset))
-    settings = fill(Settings, default | own | {"preset": preset}, lambda key: preset if key in own else "DEFAULT", path)
+    settings = fill(Settings, default | own, lambda key: preset if key in own else "DEFAULT", path, preset=preset)
     unknown = [arm for arm in settings.arms if arm not in arm_names(path)]
     if unknown:
         raise SettingsError(f"{path.name}, [{preset}] arms: there is no [arm {unknown[0]}]")
@@ -232,7 +236,7 @@ def load_arm(
     path, parser = read_ini(path)
     if name not in arm_names(path):
         raise SettingsError(f"{path.name} has no arm {name!r}; it has {', '.join(arm_names(path))}")
-    return fill(Arm, dict(parser[f"arm {name}"]) | {"name": name}, lambda key: f"arm {name}", path)
+    return fill(Arm, dict(parser[f"arm {name}"]), lambda key: f"arm {name}", path, name=name)
 
 # %% ../nbs/00_settings.ipynb #b18df647
 def replace(
@@ -251,7 +255,7 @@ def digest(
     text = settings.model_dump_json(exclude={"arms", "fractions", "seeds", "workers"}) + arm.model_dump_json()
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-# %% ../nbs/00_settings.ipynb #df1cc163
+# %% ../nbs/00_settings.ipynb #a2795fb0
 def check_parameters(
     executed: list[str],  # `In`: the source of the cells so far
     values: dict,  # `globals()`
@@ -265,8 +269,8 @@ def check_parameters(
         near = difflib.get_close_matches(name, types, n=1)
         faults.append(f"there is no parameter {name}: " + (f"did you mean {near[0]}?" if near else f"use {', '.join(types)}"))
     for name, kind in types.items():
-        fits = isinstance(values[name], (int, float) if kind is float else kind) and not isinstance(values[name], bool)
-        if not fits:
+        fits = isinstance(values[name], (int, float) if kind is float else kind)
+        if not fits or isinstance(values[name], bool) != (kind is bool):  # Python's True is an int
             faults.append(f"{name} = {values[name]!r}: must be {kind.__name__}")
     if faults:
         raise SettingsError("; ".join(faults))

@@ -1,0 +1,51 @@
+# `make` or `make help` lists what there is.
+PRESET ?= demo
+CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+PYTHON ?= python3
+BIN    := .venv/bin
+RUNS   := runs
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo run test gpu-test lab outputs results clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed ## create .venv with everything the project needs
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cxrvlm needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## train on Open-i's reports with phantoms, and draw the curve: 10 minutes on 2 cores
+	@$(MAKE) --no-print-directory run PRESET=demo
+
+run: install ## train all runs of PRESET and draw its figures: make run PRESET=openi
+	@snakemake --cores $(CORES) $(PRESET)
+	@echo && cat $(RUNS)/$(PRESET)/figures/retrieval_curve.txt && echo && ls $(RUNS)/$(PRESET)/figures/*.png
+
+test: install ## everything that CI checks, without GPU and network
+	@ruff check .
+	@HF_HUB_OFFLINE=1 pytest
+
+gpu-test: install ## the tests that need a GPU
+	@pytest -m gpu
+	@nbdev-test --flags cuda
+
+lab: install ## read and run the notebooks in Jupyter
+	@jupyter lab nbs
+
+outputs: install ## run every notebook, store its outputs, export the package and the README
+	@python tests/notebooks.py --write
+
+results: install ## copy the table of the finished runs of PRESET to results/, for git
+	@python -c "from pathlib import Path; from cxrvlm.results import read_results; folder = Path('results/$(PRESET)'); folder.mkdir(parents=True, exist_ok=True); read_results('$(RUNS)/$(PRESET)').to_csv(folder / 'runs.csv', index=False)"
+
+clean: ## remove what make and snakemake left, except .venv and runs
+	@rm -rf .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+"""Run every notebook, and compare what comes out with what is stored.
+
+`make test` runs them in a copy of the working tree (test_notebooks.py); `make outputs` in place, to store new outputs.
+"""
+import base64
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+from nbconvert import MarkdownExporter
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK_FOLDERS = ("nbs", "paper_figures")
+# One thread: sums are rounded in the same order on every machine.
+QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def run(root: Path, *command: str) -> None:
+    "Run a command of the virtual environment in `root`, with the package of `root`."
+    environment = {**os.environ, **QUIET, "PYTHONPATH": str(root)}
+    program = Path(sys.executable).parent / command[0]
+    done = subprocess.run([program, *command[1:]], cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-5000:]}\n{done.stderr[-15000:]}")
+
+
+def copy_tree(target: Path) -> Path:
+    "Copy what git tracks, and what it would, to `target`."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0"):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+def execute(root: Path) -> None:
+    "Run all notebooks and store their outputs."
+    for folder in NOTEBOOK_FOLDERS:
+        run(root, "nbdev-test", folder, "--save", "--n-workers", "2")
+
+
+def generate(root: Path) -> None:
+    "Everything that follows from the notebooks: clean notebooks, the package, the README."
+    for folder in NOTEBOOK_FOLDERS:
+        run(root, "nbdev-clean", "--fname", folder)
+    run(root, "nbdev-export")
+    text, _ = MarkdownExporter().from_filename(root / "nbs/index.ipynb")
+    text = text.replace("](../", "](").replace("](0", "](nbs/0").replace("](1", "](nbs/1")
+    (root / "README.md").write_text("<!-- Generated from nbs/index.ipynb by `make outputs`: edit that. -->\n\n" + text.strip() + "\n")
+
+
+def picture(output: dict) -> np.ndarray | None:
+    "The pixels of an output, if it has any."
+    png = output.get("data", {}).get("image/png")
+    return png and np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), dtype=float)
+
+
+def same_output(one: dict, other: dict) -> bool:
+    "Equal text; pictures of equal size that differ in no more than the smoothing of lines."
+    pixels = picture(one), picture(other)
+    if pixels[0] is not None and pixels[1] is not None:
+        return pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 0.5
+    return one == other
+
+
+def compare_notebooks(stored: Path, fresh: Path) -> list[str]:
+    "What differs between two notebooks, cell by cell."
+    pair = [nbformat.read(path, as_version=4) for path in (stored, fresh)]
+    faults = [f"{stored.name}: metadata differ"] if pair[0].metadata != pair[1].metadata else []
+    for number, (a, b) in enumerate(zip(pair[0].cells, pair[1].cells, strict=True)):
+        outputs = a.pop("outputs", []), b.pop("outputs", [])
+        if a != b:
+            faults.append(f"{stored.name}, cell {number}: not clean")
+        if len(outputs[0]) != len(outputs[1]) or not all(map(same_output, *outputs)):
+            faults.append(f"{stored.name}, cell {number}: the stored output is not what the code gives")
+    return faults
+
+
+def differences(stored: Path, fresh: Path) -> list[str]:
+    "What `generate` and `execute` changed, file by file."
+    faults = []
+    for folder in NOTEBOOK_FOLDERS:
+        for path in sorted((fresh / folder).rglob("*.ipynb")):
+            faults += compare_notebooks(stored / path.relative_to(fresh), path)
+    for name in ("README.md", *(str(path.relative_to(fresh)) for path in sorted((fresh / "cxrvlm").glob("*.py")))):
+        if not (stored / name).exists() or (stored / name).read_bytes() != (fresh / name).read_bytes():
+            faults.append(f"{name} is stale")
+    return faults
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    execute(ROOT)
+    generate(ROOT)

@@ -1,0 +1,94 @@
+"""settings.ini: what is refused, and that the refusal says where."""
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from cxrvlm.settings import SettingsError, load_arm, load_settings, preset_names, read_ini, replace
+
+KEYS = sorted(load_settings("paper").model_dump().keys() - {"preset"})
+
+
+def write(path, change):
+    "A copy of settings.ini, changed."
+    _, parser = read_ini()
+    change(parser)
+    with path.open("w") as file:
+        parser.write(file)
+    return path
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_and_arm_loads(preset):
+    settings = load_settings(preset)
+    assert settings.preset == preset
+    assert [load_arm(arm).name for arm in settings.arms] == list(settings.arms)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_key_is_named(tmp_path, key):
+    path = write(tmp_path / "settings.ini", lambda parser: parser["DEFAULT"].pop(key))
+    with pytest.raises(SettingsError, match=f"{key} is missing"):
+        load_settings("paper", path)
+
+
+@example(name="preset")
+@given(name=st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1).filter(lambda name: name not in KEYS))
+def test_an_unknown_key_is_named(tmp_path_factory, name):
+    path = write(tmp_path_factory.mktemp("x") / "settings.ini", lambda parser: parser["demo"].update({name: "1"}))
+    with pytest.raises(SettingsError) as caught:
+        load_settings("demo", path)
+    assert f"[demo] {name} is no setting" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("lr", "nan", "finite"),
+        ("lr", "inf", "finite"),
+        ("tau", "-0.5", "greater than 0"),
+        ("batch_size", "1", "greater than or equal to 2"),
+        ("batch_size", "20.5", "integer"),
+        ("image_size", "16", "greater than or equal to 32"),
+        ("betas", "0.9", "one more value"),
+        ("betas", "0.9 1.5", "less than or equal to 1"),
+        ("fractions", "", "at least 1"),
+        ("fractions", "0 1", "greater than 0"),
+        ("fractions", "0.5 0.5", "must rise"),
+        ("seeds", "-1", "greater than or equal to 0"),
+        ("source", "padchest", "'openi', 'phantom' or 'mimic'"),
+        ("precision", "fp16", "'auto', 'float32' or 'bf16'"),
+        ("vlm_noise_p", "1.5", "less than or equal to 1"),
+        ("simclr_blur_sigma", "1 -3", "greater than 0"),
+        ("pairs", "64", "0 for every other source"),
+        ("split", "folder", "patient for every other"),
+        ("text_heads", "3", "no multiple"),
+        ("image_encoder", "", "at least 1 character"),
+    ],
+)
+def test_an_impossible_value_is_refused(tmp_path, key, value, allowed):
+    path = write(tmp_path / "settings.ini", lambda parser: parser["demo"].update({key: value}))
+    with pytest.raises(SettingsError) as caught:
+        load_settings("demo", path)
+    message = str(caught.value)
+    assert key in message and allowed in message and "settings.ini" in message
+
+
+def test_an_arm_is_checked_too(tmp_path):
+    for key, value, complaint in [("loss", "mse", "infonce"), ("alpha", "0.2", "DeCLIP"), ("tau", "1", "is no setting")]:
+        path = write(tmp_path / "settings.ini", lambda p, k=key, v=value: p["arm baseline"].update({k: v}))
+        with pytest.raises(SettingsError, match=complaint):
+            load_arm("baseline", path)
+
+
+@pytest.mark.parametrize("text", ["[demo", "key = 1", "[demo]\nlr = 1\nlr = 2", "[demo]\n[demo]", "\udcff"])
+def test_a_broken_file_is_refused(tmp_path, text):
+    path = tmp_path / "settings.ini"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SettingsError, match="settings.ini"):
+        load_settings("demo", path)
+
+
+def test_settings_survive_json():
+    settings = load_settings("demo")
+    assert type(settings).model_validate_json(settings.model_dump_json()) == settings
+    assert replace(settings, **settings.model_dump(exclude={"preset"})) == settings
