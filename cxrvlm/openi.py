@@ -141,7 +141,7 @@ def phantom_of(
     "The phantom that stands for a study's image."
     return phantom_reference(seed_from("openi", study_id) % 10**9, mesh)
 
-# %% ../nbs/03_openi.ipynb #2721e45e
+# %% ../nbs/03_openi.ipynb #d44f1174
 def find_images(
     folder: Path,  # of Open-i's images, .png or .jpg
     known: set[str],  # all image ids in the reports
@@ -156,7 +156,7 @@ def find_images(
         raise ValueError(f"{folder} has {len(files)} images, but none named like CXR1000_IM-0003-1001.png, as Open-i names them")
     strangers = sorted(file.name for image, file in files.items() if image not in known)
     if strangers:
-        warnings.warn(f"{len(strangers)} images in {folder} belong to no report, e.g. {strangers[0]}", stacklevel=3)
+        warnings.warn(f"images in {folder} that belong to no report: {len(strangers)}, e.g. {strangers[0]}", stacklevel=3)
     return found
 
 # %% ../nbs/03_openi.ipynb #1ef3f166

@@ -55,13 +55,11 @@ def cosine_scores(
     step = max(1, BLOCK // columns.shape[1])  # the float64 products are never more than a block
     return lambda a, b: torch.cat([(q[i : min(i + step, b)] @ columns).float() for i in range(a, b, step)])
 
-# %% ../nbs/15_retrieval.ipynb #a2beecd6
+# %% ../nbs/15_retrieval.ipynb #26649f1f
 def sorted_scores(
     scores: torch.Tensor,  # [n]
 ) -> torch.Tensor:  # [n], ascending
     "Scores in ascending order."
-    if scores.isnan().any():
-        raise ValueError("a similarity is NaN; look at the embeddings it was computed from")
     return torch.from_numpy(np.sort(scores.numpy())) if scores.device.type == "cpu" else scores.sort().values
 
 def map_blocks(
@@ -73,7 +71,7 @@ def map_blocks(
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         return list(pool.map(lambda a: work(a, min(a + rows, n)), range(0, n, rows)))
 
-# %% ../nbs/15_retrieval.ipynb #6c5b94d3
+# %% ../nbs/15_retrieval.ipynb #955d4283
 BLOCK_MAX = 2**26  # similarities in a block at most, where there are millions of positives
 
 def pair_auroc(
@@ -85,7 +83,10 @@ def pair_auroc(
     n = len(groups)
 
     def positives(a, b):
-        return scores(a, b)[groups[a:b, None] == groups]
+        similarity = scores(a, b)
+        if not similarity.isfinite().all():
+            raise ValueError(f"a similarity in rows {a} to {b - 1} is NaN or infinite; look at the embeddings")
+        return similarity[groups[a:b, None] == groups]
 
     rows = max(1, block // n)
     pos = sorted_scores(torch.cat(map_blocks(positives, n, rows)))
@@ -93,7 +94,7 @@ def pair_auroc(
         raise ValueError(f"all {n} x {n} pairs are positive: AUROC needs a negative pair, so at least two different reports")
 
     def twice_wins(a, b):
-        neg = sorted_scores(scores(a, b).masked_fill_(groups[a:b, None] == groups, torch.inf).flatten())
+        neg = sorted_scores(scores(a, b).masked_fill(groups[a:b, None] == groups, torch.inf).flatten())
         return sum(int(torch.searchsorted(neg, pos, right=side, out_int32=True).sum()) for side in (False, True))
 
     rows = max(1, min(max(block, 2 * len(pos)), BLOCK_MAX) // n)

@@ -148,6 +148,12 @@ def test_equal_reports_tie_wherever_they_stand():
     assert np.abs(S.numpy() - exact).max() < 1e-7
 
 
+def test_the_callers_matrix_is_left_alone():
+    S = torch.arange(9.0).reshape(3, 3)
+    pair_auroc(lambda a, b: S[a:b], torch.arange(3))
+    assert torch.equal(S, torch.arange(9.0).reshape(3, 3))
+
+
 def test_threads_change_nothing():
     rng = np.random.default_rng(0)
     images, texts = rng.normal(size=(200, 32)), rng.normal(size=(200, 32))
@@ -174,7 +180,7 @@ def test_what_is_not_finite_is_named(value):
     for call in (retrieval_auroc, ranks, recall_at_k, nearest):
         with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 9 rows \(6\)"):
             call(good, bad)
-    with pytest.raises(ValueError, match="a similarity is NaN"):
+    with pytest.raises(ValueError, match="rows 0 to 8 is NaN or infinite"):
         pair_auroc(lambda a, b: bad[a:b] @ good.T, torch.arange(9))
 
 
@@ -230,24 +236,25 @@ import json, resource, sys, time
 import torch
 from cxrvlm.retrieval import retrieval_auroc
 torch.set_num_threads(2)
-n, share = 17_652, float(sys.argv[1])
+n, share = int(sys.argv[1]), float(sys.argv[2])
 g = torch.Generator().manual_seed(0)
 texts = torch.randn(n, 128, generator=g)
 images = texts + 2 * torch.randn(n, 128, generator=g)
 groups = None if share == 0 else [0 if i < share * n else i for i in range(n)]
-start = time.perf_counter()
+wall, cpu = time.perf_counter(), time.process_time()
 auroc = retrieval_auroc(images, texts, groups)
-print(json.dumps({"seconds": time.perf_counter() - start, "auroc": auroc,
+print(json.dumps({"auroc": auroc, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
                   "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
 """
 
 
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("share, seconds, gigabytes", [(0, 30, 2), (0.25, 60, 4)])
-def test_the_papers_test_split(share, seconds, gigabytes):
-    "All 311 million pairs of 17,652 studies; in the second case a quarter of the studies has the same report."
-    done = subprocess.run([sys.executable, "-c", SCALE, str(share)], capture_output=True, text=True, check=True)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("n, share, seconds, gigabytes", [(17_652, 0, 30, 2), (8_826, 0.25, 15, 2)])
+def test_cost_at_the_scale_of_the_papers_test_split(n, share, seconds, gigabytes):
+    "All 311 million pairs of 17,652 studies; and half as many studies, a quarter of which has the same report."
+    done = subprocess.run([sys.executable, "-c", SCALE, str(n), str(share)], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     print(measured)
-    assert measured["seconds"] < seconds and measured["gigabytes"] < gigabytes
+    # on two free cores the wall time is about half of the CPU time; where others compute too, only the latter is ours
+    assert min(measured["wall"], measured["cpu"]) < seconds and measured["gigabytes"] < gigabytes
     assert 0.5 < measured["auroc"] < 1

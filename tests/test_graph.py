@@ -1,0 +1,135 @@
+"""The whole graph on the smoke preset: snakemake, papermill, real kernels."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+RUN = "smoke/baseline/1/0"
+pytestmark = pytest.mark.timeout(600)
+
+
+def start(*command: str) -> subprocess.Popen:
+    "Start a command of the virtual environment, in a process group of its own."
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [BIN / command[0], *command[1:]], cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def snakemake(runs: Path, *arguments: str) -> tuple[int, str]:
+    "Run the graph with its runs in `runs`; exit code and output."
+    process = start("snakemake", "--cores", "2", "smoke", "--config", f"runs={runs}", *arguments)
+    output = process.communicate()[0]
+    return process.returncode, output
+
+
+def train(runs: Path, **parameters) -> subprocess.Popen:
+    "One run by hand, as the README has it."
+    given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
+    (runs / RUN).mkdir(parents=True, exist_ok=True)
+    notebook = "nbs/experiments/train_vlm.ipynb"
+    return start("papermill", notebook, str(runs / RUN / "train_vlm.ipynb"), "-k", "python3", "-p", "runs", str(runs), *given)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    "The finished graph."
+    folder = tmp_path_factory.mktemp("runs")
+    code, output = snakemake(folder)
+    assert code == 0, output
+    return folder
+
+
+def test_the_graph_leaves_what_the_design_names(runs):
+    for name in ("train_vlm.ipynb", "model/model.safetensors", "model/config.json", "model/tokenizer.json", "history.csv"):
+        assert (runs / RUN / name).is_file()
+    assert not (runs / RUN / "checkpoint").exists()
+    result = json.loads((runs / RUN / "result.json").read_text())
+    assert {"metrics", "counts", "data", "digest", "provenance", "settings", "seconds"} <= result.keys()
+    assert 0 < result["metrics"]["auroc"] < 1
+    assert len(list(runs.rglob("result.json"))) == 4
+    assert (runs / "smoke/figures/retrieval_curve.svg").stat().st_size > 1000
+    assert "baseline" in (runs / "smoke/figures/retrieval_curve.txt").read_text()
+    assert set(pd.read_csv(runs / RUN / "examples.csv").shown) == {"own", "top", "least"}
+
+
+def test_evaluation_repeats_the_record(runs):
+    result, evaluation = (json.loads((runs / RUN / f"{name}.json").read_text()) for name in ("result", "evaluation"))
+    assert evaluation["metrics"] == pytest.approx(result["metrics"])
+
+
+def test_a_finished_graph_has_nothing_to_do(runs):
+    code, output = snakemake(runs, "--dry-run")
+    assert code == 0 and "Nothing to be done" in output, output
+
+
+def test_only_what_is_missing_is_done_again(runs, tmp_path):
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    before = (copy / RUN / "result.json").read_text()
+    (copy / RUN / "result.json").unlink()
+    code, output = snakemake(copy, "--dry-run", "--quiet", "host")
+    assert code == 0 and "run                      1" in output.replace("\t", " "), output
+    process = train(copy, preset="smoke", fraction=1, seed=0)
+    assert process.wait() == 0, process.stdout.read()
+    again = json.loads((copy / RUN / "result.json").read_text())
+    assert again["metrics"] == json.loads(before)["metrics"]
+
+
+def test_a_failing_run_does_not_stop_the_others(runs, tmp_path):
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    shutil.rmtree(copy / "smoke/baseline")
+    broken = copy / "smoke/baseline/1/1"
+    (broken / "checkpoint").mkdir(parents=True)
+    (broken / "checkpoint/state.pt").write_text("this is no checkpoint")
+    code, output = snakemake(copy)
+    assert code != 0 and "state.pt cannot be read" in output
+    assert len(list(copy.rglob("result.json"))) == 3 and not (broken / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "complaint"),
+    [
+        ({"fracton": 0.5}, "there is no parameter fracton: did you mean fraction?"),
+        ({"seed": "one"}, "seed = 'one': must be int"),
+        ({"arm": "ours"}, "has no arm 'ours'"),
+        ({"fraction": 0}, "must be above 0"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(tmp_path, parameters, complaint):
+    process = train(tmp_path, **parameters)
+    output = process.communicate()[0]
+    assert process.returncode != 0 and complaint in output
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_the_parameters_are_documented():
+    process = start("papermill", "--help-notebook", "nbs/experiments/train_vlm.ipynb")
+    text = process.communicate()[0]
+    assert process.returncode == 0
+    for name, kind in [("preset", "str"), ("arm", "str"), ("fraction", "float"), ("seed", "int"), ("runs", "str")]:
+        assert f"{name}: {kind}" in text
+
+
+def test_a_killed_kernel_is_no_finished_run(runs, tmp_path):
+    process = train(tmp_path, preset="smoke", fraction=1, seed=0)
+    checkpoint = tmp_path / RUN / "checkpoint/state.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)  # the kernel has a session of its own
+    process.wait()
+    assert checkpoint.exists() and not (tmp_path / RUN / "result.json").exists()
+    again = train(tmp_path, preset="smoke", fraction=1, seed=0)
+    assert again.wait() == 0, again.stdout.read()
+    killed, whole = (json.loads((folder / RUN / "result.json").read_text()) for folder in (tmp_path, runs))
+    assert killed["metrics"] == whole["metrics"] and killed["training"] == whole["training"]

@@ -1,0 +1,417 @@
+"""What the notebook cannot test: hostile files, killed and simultaneous builds, real radiographs, properties."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cxrvlm import images
+from cxrvlm.images import ImageError, ImageStore, augment, augmentation, read_image
+from cxrvlm.settings import load_settings, replace
+from cxrvlm.studies import phantom_reference
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+FEW = settings(deadline=None, max_examples=25, derandomize=True)
+DEMO = load_settings("demo")
+
+
+def gradient(width=60, height=80):
+    "A gray picture without symmetry: dark at the upper left."
+    return np.add.outer(np.linspace(0, 155, height), np.linspace(0, 100, width)).astype(np.uint8)
+
+
+def encoded(array, format, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def bytes_of_broken_files():
+    jpeg, png = encoded(gradient(), "jpeg"), encoded(gradient(), "png")
+    return {
+        "zero.png": b"",
+        "half.jpg": jpeg[: len(jpeg) // 2],
+        "half.png": png[: len(png) // 2],
+        "header.png": png[:20],
+        "note.jpg": b"the radiograph follows by post\n",
+        "scan.dcm": bytes(128) + b"DICM" + bytes(200),
+        "dot.png": encoded(gradient(1, 1), "png"),
+        "line.png": encoded(gradient(500, 3), "png"),
+        "flat16.png": encoded(np.full((20, 20), 700, np.uint16), "png"),
+        "nan.tif": encoded(np.full((20, 20), np.nan, np.float32), "tiff"),
+        "infinite.tif": encoded(np.where(gradient() > 90, np.inf, 0).astype(np.float32), "tiff"),
+    }
+
+
+@pytest.mark.parametrize("name", [*bytes_of_broken_files(), "missing.png", "folder.png", "note.jpg/inside.png"])
+def test_broken_file_is_named(tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    for file, content in bytes_of_broken_files().items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        read_image(name, 32, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ") and caught.value.reason
+    assert "Traceback" not in str(caught.value) and caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("ref", ["", "a\0b", "x" * 5000, "phantom:", "phantom:x|Cardiomegaly"])
+def test_absurd_reference(tmp_path, ref):
+    with pytest.raises(ImageError):
+        read_image(ref, 32, tmp_path)
+
+
+@pytest.mark.parametrize("limit", [3000, 1000])  # Pillow warns above the limit and raises above twice the limit
+def test_decompression_bomb(tmp_path, monkeypatch, limit):
+    (tmp_path / "big.png").write_bytes(encoded(gradient(), "png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ImageError, match="pixels"):
+        read_image("big.png", 32, tmp_path)
+
+
+def test_unsupported_mode_is_named(tmp_path):
+    Image.new("LAB", (20, 20)).save(tmp_path / "lab.tif")
+    with pytest.raises(ImageError, match="lab.tif"):
+        read_image("lab.tif", 32, tmp_path)
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return read_image(path, 32).astype(int)
+
+
+def test_modes(tmp_path):
+    picture = Image.fromarray(gradient())
+    expected = read_image_of(picture)
+    assert (saved(tmp_path / "rgb.png", picture.convert("RGB")) == expected).all()
+    assert (saved(tmp_path / "rgba.png", picture.convert("RGBA")) == expected).all()
+    assert (saved(tmp_path / "la.png", picture.convert("LA")) == expected).all()
+    assert (saved(tmp_path / "palette.png", picture.convert("P")) == expected).all()
+    assert np.abs(saved(tmp_path / "cmyk.tif", picture.convert("CMYK")) - expected).max() <= 1
+    assert np.abs(saved(tmp_path / "cmyk.jpg", picture.convert("CMYK"), quality=95) - expected).max() <= 4
+    bits = saved(tmp_path / "bits.png", picture.point(lambda v: 255 * (v > 127)).convert("1"))
+    assert bits.min() == 0 and bits.max() == 255
+
+
+def read_image_of(picture):
+    return np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+
+
+@pytest.mark.parametrize("depth", [10, 12, 16])
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_deep_images_use_their_own_range(tmp_path, depth, name):
+    values = gradient().astype(np.float64)
+    values = (values - values.min()) / np.ptp(values)
+    Image.fromarray((values * (2**depth - 1)).astype(np.uint16)).save(tmp_path / name)
+    stretched = Image.fromarray((255 * values).astype(np.float32))
+    assert np.abs(read_image(name, 32, tmp_path) - read_image_of(stretched)).max() <= 2
+
+
+def test_signed_and_float_images(tmp_path):
+    values = gradient().astype(np.int32) * 7 - 1024  # as in Hounsfield units
+    Image.fromarray(values).save(tmp_path / "signed.tif")
+    Image.fromarray((values / 9999).astype(np.float32)).save(tmp_path / "float.tif")
+    signed, floating = read_image("signed.tif", 32, tmp_path), read_image("float.tif", 32, tmp_path)
+    assert signed.min() < 10 and signed.max() > 245
+    assert np.abs(signed.astype(int) - floating).max() <= 1
+
+
+def test_transparent_is_black(tmp_path):
+    pixels = np.full((40, 40, 4), 255, np.uint8)
+    pixels[:, 20:, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "cut.png")
+    square = read_image("cut.png", 32, tmp_path)
+    assert (square[:, :14] == 255).all() and (square[:, 18:] == 0).all()
+
+
+@pytest.mark.parametrize("orientation, turned", [(3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)),
+                                                 (8, lambda a: np.rot90(a))])
+def test_exif_orientation(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(gradient()).save(tmp_path / "turned.png", exif=exif)
+    expected = read_image_of(Image.fromarray(np.ascontiguousarray(turned(gradient()))))
+    assert (read_image("turned.png", 32, tmp_path) == expected).all()
+
+
+@FEW
+@given(st.integers(8, 90), st.integers(8, 90), st.integers(0, 255), st.integers(8, 70))
+def test_even_image_stays_even(width, height, value, size):
+    square = images.to_square(Image.new("L", (width, height), value), size)
+    assert square.shape == (size, size) and square.dtype == np.uint8 and (square == value).all()
+
+
+@FEW
+@given(st.sampled_from(["png", "jpeg", "tiff", "bmp"]), st.integers(0, 2**31), st.integers(1, 20))
+def test_damaged_file_gives_an_image_or_an_image_error(tmp_path_factory, format, seed, hits):
+    rng = np.random.default_rng(seed)
+    content = bytearray(encoded(gradient(), format))
+    for place in rng.integers(0, len(content), hits):
+        content[place] = rng.integers(256)
+    path = tmp_path_factory.mktemp("damaged") / "image"
+    path.write_bytes(content[: rng.integers(len(content) // 2, len(content) + 1)])
+    try:
+        square = read_image(path, 32)
+        assert square.shape == (32, 32) and square.dtype == np.uint8
+    except ImageError as error:
+        assert str(path) in str(error)
+
+
+# The store
+
+
+def make_files(folder, count):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (24, 24), dtype=np.uint8)).save(folder / f"{number:03}.png")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def python(*arguments):
+    return subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from cxrvlm import images
+read, root, log = images.read_image, Path(sys.argv[1]), Path(sys.argv[3])
+def slow(ref, *rest):
+    time.sleep(0.01)
+    with log.open("a") as file:
+        file.write(ref + chr(10))
+    return read(ref, *rest)
+images.read_image, images.CHUNK = slow, 8
+refs = [path.name for path in sorted(root.iterdir(), reverse=True)]
+print(images.ImageStore.build(refs, sys.argv[2], 16, root=root).folder)
+"""
+
+
+@pytest.mark.parametrize("notes", [1, 4])
+def test_killed_build_goes_on(tmp_path, notes):
+    names = make_files(tmp_path / "files", 48)
+    script, log = tmp_path / "build.py", tmp_path / "log"
+    script.write_text(SLOW_BUILD)
+    first = python(script, tmp_path / "files", tmp_path / "stores", log)
+    deadline = time.monotonic() + 30
+    while first.poll() is None and time.monotonic() < deadline:
+        done = list((tmp_path / "stores").glob("*/done.npy"))
+        if done and np.load(done[0]).sum() >= 8 * notes:
+            break
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    kept = int(np.load(done[0]).sum())
+    assert 8 * notes <= kept < 48 and not list((tmp_path / "stores").glob("*/index.json"))
+    with pytest.raises(ImageError, match="no finished store"):
+        ImageStore.open(tmp_path / "stores")
+
+    log.unlink()
+    second = python(script, tmp_path / "files", tmp_path / "stores", log)
+    assert second.wait(30) == 0, second.communicate()[1]
+    assert len(log.read_text().splitlines()) == 48 - kept  # what was noted as done is not decoded again
+    whole = ImageStore.build(names, tmp_path / "whole", 16, root=tmp_path / "files")
+    resumed = ImageStore.open(tmp_path / "stores")
+    assert (resumed.pixels == whole.pixels).all() and resumed.rows == whole.rows
+    assert resumed.fingerprint == whole.fingerprint
+
+
+def test_two_processes_build_one_store(tmp_path):
+    names = make_files(tmp_path / "files", 40)
+    script, log = tmp_path / "build.py", tmp_path / "log"
+    script.write_text(SLOW_BUILD)
+    both = [python(script, tmp_path / "files", tmp_path / "stores", log) for _ in range(2)]
+    folders = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], folders
+    assert folders[0][0] == folders[1][0]
+    assert sorted(log.read_text().split()) == names  # every image was decoded by exactly one of them
+
+
+def test_script_without_main_guard_uses_workers(tmp_path):
+    count = images.MANY + 10
+    make_files(tmp_path / "files", count)
+    (tmp_path / "files" / "zero.png").write_bytes(b"")
+    script = tmp_path / "build.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom cxrvlm.images import ImageStore\nroot = Path(sys.argv[1])\n"
+        "store = ImageStore.build([p.name for p in root.iterdir()], sys.argv[2], 16, root=root, workers=2)\n"
+        "print(len(store), store.failed.ref.tolist(), 'torch' in sys.modules)\n"
+    )
+    process = python(script, tmp_path / "files", tmp_path / "stores")
+    output, errors = process.communicate(timeout=60)
+    assert output.split(maxsplit=1) == [str(count), "['zero.png'] False\n"], errors
+    assert f"{count + 1}/{count + 1}" in errors  # the progress bar
+    store = ImageStore.open(tmp_path / "stores")
+    for name in ["000.png", "133.png", f"{count - 1}.png"]:
+        assert (store[name] == read_image(name, 16, tmp_path / "files")).all()
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an image was decoded again")
+    return lambda: monkeypatch.setattr(images, "read_image", refuse)
+
+
+def test_finished_store_is_reused(tmp_path, no_decoding):
+    names = make_files(tmp_path / "files", 12)
+    store = ImageStore.build([*names, "none.png"], tmp_path / "stores", 16, root=tmp_path / "files")
+    times = {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()}
+    no_decoding()
+    again = ImageStore.build(["none.png", *reversed(names)], tmp_path / "stores", 16, root=tmp_path / "files")
+    assert {path.name: path.stat().st_mtime_ns for path in again.folder.iterdir()} == times
+    assert again.failed.equals(store.failed) and again.failed.ref.tolist() == ["none.png"]
+    with pytest.raises(AssertionError):
+        ImageStore.build(names, tmp_path / "stores", 17, root=tmp_path / "files")
+    with pytest.raises(AssertionError):
+        ImageStore.build([*names, "new.png"], tmp_path / "stores", 16, root=tmp_path / "files")
+    fewer = ImageStore.build(names[:5], tmp_path / "stores", 16, root=tmp_path / "files")
+    assert len(fewer) == 5 and (fewer[names[4]] == store[names[4]]).all()
+
+
+def test_failed_and_unknown_references_are_refused(tmp_path):
+    names = make_files(tmp_path / "files", 3)
+    (tmp_path / "files" / "half.png").write_bytes((tmp_path / "files" / names[0]).read_bytes()[:60])
+    store = ImageStore.build([*names, "half.png"], tmp_path / "stores", 16, root=tmp_path / "files")
+    assert len(store) == 3 and store.failed.ref.tolist() == ["half.png"]
+    for ref, words in [("half.png", "cannot be decoded|no such format"), ("other.png", "not in the store")]:
+        with pytest.raises(ImageError, match=words):
+            store[ref]
+        with pytest.raises(ImageError, match=ref):
+            store.batch([names[0], ref])
+
+
+def test_batch_order_and_pickling(tmp_path):
+    names = make_files(tmp_path / "files", 6)
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    order = [names[4], names[0], names[4]]
+    batch = store.batch(order)
+    assert batch.dtype == torch.uint8 and batch.shape == (3, 1, 16, 16)
+    assert all((batch[i, 0].numpy() == store[ref]).all() for i, ref in enumerate(order))
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 1000 and (pickle.loads(pickled).batch(order) == batch).all()
+    batch[:] = 0  # a copy: the store stays as it is
+    assert store[names[4]].any()
+
+
+def test_damaged_stores_are_named(tmp_path):
+    names = make_files(tmp_path / "files", 4)
+    with pytest.raises(ImageError, match="no images"):
+        ImageStore.build([], tmp_path / "stores", 16)
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    with (store.folder / "pixels.npy").open("r+b") as file:
+        file.truncate(300)
+    with pytest.raises(ImageError, match="damaged.*delete"):
+        ImageStore.open(tmp_path / "stores")
+    (store.folder / "index.json").write_text("{")
+    with pytest.raises(ImageError, match="damaged.*delete"):
+        ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    ImageStore.build(names, tmp_path / "two", 16, root=tmp_path / "files")
+    ImageStore.build(names, tmp_path / "two", 18, root=tmp_path / "files")
+    with pytest.raises(ImageError, match="several"):
+        ImageStore.open(tmp_path / "two")
+
+
+def test_full_disk_is_foreseen(tmp_path):
+    with pytest.raises(ImageError, match="GB are needed"):
+        images.prepare(tmp_path, 10**12, 512)
+
+
+def test_index_is_readable_by_others(tmp_path):
+    refs = [phantom_reference(seed, ["Cardiomegaly"]) for seed in range(3)]
+    store = ImageStore.build(refs, tmp_path, 32)
+    index = json.loads((store.folder / "index.json").read_text())
+    assert index["refs"] == sorted(refs) and index["size"] == 32 and len(index["fingerprint"]) == 64
+    assert all((store[ref] == read_image(ref, 32)).all() for ref in refs)
+
+
+@pytest.mark.parametrize("folder, pattern, count", [("nih/images", "*.jp*g", 1000), ("openi_png", "*.png", 13)])
+def test_real_radiographs(tmp_path, folder, pattern, count):
+    root = DATA / folder
+    if not root.is_dir():
+        pytest.skip(f"{root} is absent")
+    names = sorted(path.name for path in root.glob(pattern))
+    store = ImageStore.build(names, tmp_path, 96, root=root, workers=1)
+    assert len(store) == len(names) == count and store.failed.empty
+    assert (store.pixels.std(axis=(1, 2)) > 5).all()
+    assert (store[names[-1]] == read_image(names[-1], 96, root)).all()
+
+
+# Augmentations
+
+PHANTOM = images.to_float(torch.from_numpy(read_image(phantom_reference(3, ["Cardiomegaly"]), 48))[None])
+OFF = dict(translation=0, rotation=0, brightness=0, shear=0, scaling=0, flip=0, noise=0, noise_p=0, blur_sigma=(), blur_p=0)
+
+
+def changed(stage, **values):
+    return replace(DEMO, **{f"{stage}_{name}": value for name, value in (OFF | values).items()})
+
+
+@pytest.mark.parametrize("stage", ["vlm", "simclr"])
+def test_draws_depend_on_their_names_alone(stage):
+    transform = augmentation(DEMO, stage)
+    names = [(seed, step, sample) for seed in (0, 1) for step in (0, 7) for sample in ("a", "b", 2)]
+    first = {name: augment(PHANTOM, transform, *name) for name in names}
+    for name in np.random.default_rng(0).permutation(np.array(names, object)).tolist():
+        torch.rand(3)
+        assert torch.equal(augment(PHANTOM, augmentation(DEMO, stage), *name), first[tuple(name)])
+    different = {image.numpy().tobytes() for image in first.values()}
+    assert len(different) == len(names) and not torch.cuda.is_initialized()
+
+
+@FEW
+@given(st.sampled_from(["vlm", "simclr"]), st.integers(0, 2**40), st.integers(0, 10**7), st.integers(0, 1))
+def test_augmented_images_are_images(stage, seed, step, view):
+    image = augment(PHANTOM, augmentation(DEMO, stage), seed, step, "sample", view)
+    assert image.shape == PHANTOM.shape and image.dtype == torch.float32
+    assert image.isfinite().all() and 0 <= image.min() and image.max() <= 1
+
+
+@pytest.mark.parametrize("stage", ["vlm", "simclr"])
+def test_zeros_turn_everything_off(stage):
+    transform = augmentation(changed(stage), stage)
+    assert all(torch.equal(augment(PHANTOM, transform, 0, step, 0), PHANTOM) for step in range(5))
+    without_noise = augmentation(changed(stage, noise=0.05), stage)  # its probability is 0
+    assert torch.equal(augment(PHANTOM, without_noise, 0, 0, 0), PHANTOM)
+
+
+def test_lengths_scale_with_the_image():
+    def shifts(size):
+        transform = augmentation(replace(changed("simclr", translation=64), image_size=size), "simclr")
+        point = torch.zeros(1, size, size)
+        point[0, size // 2, size // 2] = 1
+        places = [augment(point, transform, 0, step, 0)[0].nonzero()[0] - size // 2 for step in range(40)]
+        return torch.stack(places).abs().max().item()
+    assert 0.8 * 32 <= shifts(256) <= 32 and 0.8 * 8 <= shifts(64) <= 8
+
+
+def test_brightness_flip_and_noise_are_those_of_the_table():
+    even = torch.full((1, 48, 48), 0.5)
+    draws = [augment(even, augmentation(changed("vlm", brightness=0.2), "vlm"), 0, step, 0) for step in range(200)]
+    levels = torch.stack([draw.mean() for draw in draws])
+    assert 0.4 <= levels.min() < 0.41 and 0.59 < levels.max() <= 0.6
+    flip = augmentation(changed("simclr", flip=0.5), "simclr")
+    flipped = [augment(PHANTOM, flip, 0, step, 0) for step in range(200)]
+    assert all(torch.equal(draw, PHANTOM) or torch.equal(draw, PHANTOM.flip(-1)) for draw in flipped)
+    assert 70 < sum(torch.equal(draw, PHANTOM) for draw in flipped) < 130
+    noise = augmentation(changed("vlm", noise=0.05, noise_p=0.5), "vlm")
+    noisy = torch.stack([augment(even, noise, 0, step, 0).std() for step in range(200)])
+    assert 70 < (noisy > 0).sum() < 130 and abs(noisy[noisy > 0].mean() - 0.05) < 0.001
+
+
+def test_unknown_stage():
+    with pytest.raises(ValueError, match="'vlm' and 'simclr'"):
+        augmentation(DEMO, "declip")

@@ -1,0 +1,127 @@
+"""A run that is killed, anywhere, and started again ends with the same weights and the same history, bit for bit."""
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxrvlm import training
+from cxrvlm.encoders import build_model
+from cxrvlm.images import augmentation, load_studies, open_store
+from cxrvlm.settings import load_arm, load_settings, replace
+from cxrvlm.text import make_tokenizer
+from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs
+
+SETTINGS = replace(load_settings("smoke"), train_iterations=3, max_iterations=12, patience=10)
+
+
+def suicide() -> None:
+    "What a power cut does: no handler runs."
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_step(step: int) -> None:
+    "Make the training loop die in the middle of a step, after the backward pass."
+    backward = training.Accelerator.backward
+    count = iter(range(100))
+
+    def deadly(self, loss):
+        backward(self, loss)
+        if next(count) == step:
+            suicide()
+
+    training.Accelerator.backward = deadly
+
+
+def die_when_writing(number: int, after: bool) -> None:
+    "Make the training loop die just before or just after it puts its n-th file in place."
+    replace_file = os.replace
+    count = iter(range(100))
+
+    def deadly(source, target):
+        if next(count) != number:
+            return replace_file(source, target)
+        if after:
+            replace_file(source, target)
+        suicide()
+
+    training.os.replace = deadly
+
+
+def run(folder: Path, data: Path, sabotage=None) -> None:
+    "Train as train_vlm.ipynb does."
+    torch.set_num_threads(1)
+    studies, _ = load_studies(SETTINGS)
+    store, tokenizer = open_store(SETTINGS, studies, data), make_tokenizer(SETTINGS, studies, data)
+    parts = [studies[studies.split == split] for split in ("train", "validation")]
+    transforms = [augmentation(SETTINGS, "vlm"), None]
+    sets = [ImageTextPairs(p, store, tokenizer, SETTINGS.max_tokens, t) for p, t in zip(parts, transforms, strict=True)]
+    objective = ContrastiveObjective(build_model(SETTINGS, load_arm("baseline"), tokenizer, seed=0), SETTINGS.tau)
+    if sabotage:
+        sabotage[0](*sabotage[1:])
+    training.train(objective, *sets, SETTINGS, 0, folder)
+    torch.save(objective.state_dict(), folder / "final.pt")
+
+
+def in_a_process(*arguments) -> int:
+    "Run in a process of its own; its exit code, -9 if it was killed."
+    process = multiprocessing.get_context("spawn").Process(target=run, args=arguments)
+    process.start()
+    process.join(180)
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, Path]:
+    "A run that nobody disturbs, and the data it shares with the others."
+    folder, data = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("data")
+    assert in_a_process(folder, data) == 0
+    return folder, data
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        (die_in_step, 0),
+        (die_in_step, 7),
+        (die_when_writing, 0, False),  # the first best.pt
+        (die_when_writing, 1, False),  # the first state.pt: best.pt is there, the checkpoint is not
+        (die_when_writing, 1, True),  # the checkpoint is there, its history is not
+        (die_when_writing, 5, False),
+        (die_when_writing, 5, True),
+    ],
+    ids=str,
+)
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, sabotage):
+    folder, data = whole
+    assert in_a_process(tmp_path, data, sabotage) == -signal.SIGKILL
+    assert not (tmp_path / "final.pt").exists()
+    assert in_a_process(tmp_path, data) == 0
+    weights, expected = (torch.load(f / "final.pt", weights_only=True) for f in (tmp_path, folder))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert (tmp_path / "history.csv").read_bytes() == (folder / "history.csv").read_bytes()
+
+
+def test_a_run_killed_after_its_last_step_is_only_finished(tmp_path, whole):
+    folder, data = whole
+    assert in_a_process(tmp_path, data) == 0
+    (tmp_path / "final.pt").unlink()
+    assert in_a_process(tmp_path, data, (die_in_step, 0)) == 0  # no step is left to die in
+    weights, expected = (torch.load(f / "final.pt", weights_only=True) for f in (tmp_path, folder))
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    objective = torch.nn.Linear(2, 2)
+    optimizer = training.build_optimizer(objective, SETTINGS)
+    training.save_checkpoint(tmp_path, objective, optimizer, training.Progress(step=3), "")
+    assert training.load_checkpoint(tmp_path, objective, optimizer, "").step == 3
+    whole = (tmp_path / "state.pt").read_bytes()
+    for broken in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        (tmp_path / "state.pt").write_bytes(broken)
+        with pytest.raises(ValueError, match="state.pt cannot be read.*remove"):
+            training.load_checkpoint(tmp_path, objective, optimizer, "")
