@@ -228,18 +228,18 @@ def retrieved_examples(
         rows += [(q, shown, o[p], p + 1, s[p]) for shown, p in places]
     return pd.DataFrame(rows, columns=["query", "shown", "image", "rank", "similarity"])
 
-# %% ../nbs/15_retrieval.ipynb #de31f905
+# %% ../nbs/15_retrieval.ipynb #6ba76818
 def retrieval_metrics(
     image_emb: torch.Tensor | np.ndarray,  # [N, E]
     text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
     texts: Sequence[str],  # N impressions; pairs with the same one are positives of `auroc_dedup`
     ks: Sequence[int] = (1, 5, 10),  # for recall
-) -> dict[str, float]:  # n, auroc, auroc_dedup, and t2i_ and i2t_ recall@k and median_rank
+) -> dict[str, float]:  # n, auroc, auroc_dedup (left out if all texts are equal), t2i_ and i2t_ recall@k and median_rank
     "Every retrieval metric of one model on one split."
     n = check_pairs(image_emb, text_emb)
-    distinct = group_ids(texts, n).unique().numel()
-    metrics = {"n": n, "auroc": retrieval_auroc(image_emb, text_emb),
-               "auroc_dedup": retrieval_auroc(image_emb, text_emb, texts) if distinct > 1 else float("nan")}
+    metrics = {"n": n, "auroc": retrieval_auroc(image_emb, text_emb)}
+    if group_ids(texts, n).unique().numel() > 1:  # else there is no negative pair
+        metrics["auroc_dedup"] = retrieval_auroc(image_emb, text_emb, texts)
     for short, direction in zip(("t2i", "i2t"), DIRECTIONS, strict=True):
         best, worst = ranks(image_emb, text_emb, direction)
         metrics |= {f"{short}_recall@{k}": float(hits(best, worst, k).mean()) for k in ks}

@@ -34,13 +34,14 @@ Fractions = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min
 class Checked(BaseModel, frozen=True, extra="forbid"):
     "A model that cannot be changed and has no unknown keys."
 
-# %% ../nbs/00_settings.ipynb #d2576ecb
+# %% ../nbs/00_settings.ipynb #2f16a689
 class DataSettings(Checked):
     "Where the image-report pairs come from (paper section 3 and appendix A)."
     source: Literal["openi", "phantom", "mimic"]  # who provides the studies
     data: str  # the folder of the source's files; empty: draw phantoms
     pairs: Count  # how many pairs to make up, for source = phantom
     split: Literal["patient", "folder", "official"]  # seeded by patient, or MIMIC's folders or its official file
+    split_seed: Count  # draws the split by patient; one for all runs, so that they share a test set
     image_size: Annotated[int, Field(ge=32)]  # side of the square image, pixels
 
 # %% ../nbs/00_settings.ipynb #f50e7376

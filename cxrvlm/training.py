@@ -107,7 +107,7 @@ def train_step(
     optimizer.step()
     return {name: value.item() for name, value in terms.items()}
 
-# %% ../nbs/10_training.ipynb #ec4624ca
+# %% ../nbs/10_training.ipynb #db057680
 def build_optimizer(
     objective: nn.Module,
     settings: Settings,
@@ -120,6 +120,7 @@ def build_optimizer(
     return torch.optim.Adam(
         [{"params": params, "lr": rates[key], "peak": rates[key]} for key, params in groups.items() if params],
         betas=settings.betas,
+        fused=True,
     )
 
 def set_rate(

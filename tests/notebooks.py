@@ -58,8 +58,9 @@ def generate(root: Path) -> None:
 
 def picture(output: dict) -> np.ndarray | None:
     "The pixels of an output, if it has any."
-    png = output.get("data", {}).get("image/png")
-    return png and np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), dtype=float)
+    data = output.get("data", {})
+    coded = data.get("image/png") or data.get("image/jpeg")
+    return coded and np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))).convert("RGB"), dtype=float)
 
 
 def same_output(one: dict, other: dict) -> bool:

@@ -2,8 +2,9 @@
 from pathlib import Path
 
 import nbformat
-import notebooks
 import pytest
+
+import notebooks
 
 FIX = "\nIf the change is meant, `make outputs` stores it."
 

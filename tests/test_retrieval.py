@@ -228,7 +228,7 @@ def test_metrics_survive_json_and_a_split_of_one_report():
     metrics = retrieval_metrics(emb, emb, ["normal", "nodule", "normal"])
     assert json.loads(json.dumps(metrics)) == metrics
     assert metrics["t2i_recall@10"] == 1 and metrics["n"] == 3
-    assert np.isnan(retrieval_metrics(emb, emb, ["normal"] * 3)["auroc_dedup"])
+    assert "auroc_dedup" not in retrieval_metrics(emb, emb, ["normal"] * 3)
 
 
 SCALE = """

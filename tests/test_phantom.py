@@ -1,0 +1,202 @@
+"""What the phantom notebook cannot show: any combination of findings, hostile annotations, the sampler at scale."""
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxrvlm.phantom import (
+    KINDS,
+    LOCATIONS,
+    Finding,
+    finding_labels,
+    findings_from_mesh,
+    render,
+    render_reference,
+    sample_studies,
+    visit_seed,
+)
+from cxrvlm.studies import CHEXPERT_LABELS, check_studies, parse_phantom_reference, phantom_reference
+
+FINDINGS = st.builds(
+    Finding,
+    kind=st.sampled_from(sorted(KINDS)),
+    side=st.sampled_from(["", "left", "right", "both"]),
+    location=st.sampled_from(["", "nowhere", *sorted(LOCATIONS)]),
+    severity=st.floats(0, 1),
+    texture=st.sampled_from(["", "streaky", "patchy", "round", "interstitial"]),
+    count=st.integers(1, 6),
+)
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(findings=st.lists(FINDINGS, max_size=5), seed=SEEDS, size=st.sampled_from([64, 65, 96]))
+def test_any_findings_render_and_leave_a_mask(findings, seed, size):
+    image, masks = render(findings, size, seed)
+    assert image.dtype == np.uint8 and image.shape == (size, size)
+    assert masks.dtype == bool and masks.shape == (len(findings), size, size)
+    assert masks.any(axis=(1, 2)).all()
+    again, masks_again = render(findings, size, seed)
+    assert image.tobytes() == again.tobytes() and (masks == masks_again).all()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_at_its_faintest_is_visible_at_64_px(kind):
+    for seed in range(4):
+        image, masks = render([Finding(kind, severity=0.0)], 64, seed)
+        assert masks[0].any()
+        assert (image != render([], 64, seed)[0])[masks[0]].any()
+
+
+@pytest.mark.parametrize("kind", ["effusion", "opacity", "pneumothorax", "nodule", "atelectasis", "rib_fracture", "chest_tube",
+                                  "elevated_diaphragm", "scar", "hyperinflation", "calcified_granuloma"])
+def test_the_patients_left_is_the_images_right(kind):
+    for seed in range(6):
+        for side, half in (("left", np.s_[:, 48:]), ("right", np.s_[:, :48])):
+            mask = render([Finding(kind, side)], 96, seed)[1][0]
+            assert mask[half].sum() > 0.9 * mask.sum()
+        both = render([Finding(kind, "both")], 96, seed)[1][0]
+        assert both[:, :48].any() and both[:, 48:].any()
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=SEEDS, low=st.floats(0, 0.8), more=st.floats(0.2, 0.9), kind=st.sampled_from(["cardiomegaly", "effusion"]))
+def test_a_worse_finding_is_larger(seed, low, more, kind):
+    side = "right" if KINDS[kind].side else ""
+    areas = [render([Finding(kind, side, severity=s)], 96, seed)[1].sum() for s in (low, min(1.0, low + more))]
+    assert areas[0] < areas[1]
+
+
+@settings(deadline=None, max_examples=15)
+@given(finding=FINDINGS, other=FINDINGS, seed=SEEDS)
+def test_findings_do_not_move_each_other(finding, other, seed):
+    if finding.kind == other.kind or KINDS[finding.kind].shapes or KINDS[other.kind].shapes:
+        return
+    alone, pair, swapped = (render(fs, 64, seed) for fs in ([finding], [other, finding], [finding, other]))
+    assert (alone[1][0] == pair[1][1]).all()
+    assert (pair[1][::-1] == swapped[1]).all()
+
+
+def test_a_finding_changes_nothing_outside_itself():
+    bare = render([], 128, 5)[0].astype(int)
+    image, masks = render([Finding("nodule", "left", "upper lobe")], 128, 5)
+    far = ~masks[0]
+    far[np.argwhere(masks[0]).min(0)[0] - 6:, np.argwhere(masks[0]).min(0)[1] - 6:] = False
+    assert (image == bare)[far].all() and (image != bare)[masks[0]].mean() > 0.9
+
+
+def test_seeds_are_patients_and_high_bits_are_visits():
+    first, again, other = (render([], 64, seed)[0].astype(float) for seed in (visit_seed(11), visit_seed(11, 1), 12))
+    assert (first != again).mean() > 0.3
+    same, different = (np.corrcoef(first.ravel(), image.ravel())[0, 1] for image in (again, other))
+    assert same > different and len({render([], 64, seed)[0].tobytes() for seed in range(30)}) == 30
+
+
+def test_sizes_show_the_same_patient():
+    findings = [Finding("effusion", "left"), Finding("cardiomegaly"), Finding("mass", "right", "upper lobe")]
+    for seed in range(4):
+        small, large = (render(findings, size, seed) for size in (64, 256))
+        shrunk = large[0].reshape(64, 4, 64, 4).mean((1, 3))
+        assert np.corrcoef(small[0].ravel(), shrunk.ravel())[0, 1] > 0.97
+        for a, b in zip(small[1], large[1], strict=True):
+            b = b.reshape(64, 4, 64, 4).mean((1, 3)) > 0.5
+            assert (a & b).sum() / (a | b).sum() > 0.6
+
+
+def test_a_fresh_process_renders_the_same_bytes():
+    code = ("import hashlib; from cxrvlm.phantom import Finding, render, sample_studies;"
+            "image, _ = render([Finding('edema'), Finding('nodule')], 96, 77);"
+            "print(hashlib.sha256(image.tobytes() + sample_studies(40, 3).to_csv().encode()).hexdigest())")
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env=os.environ | {"PYTHONHASHSEED": "1"})
+    image, _ = render([Finding("edema"), Finding("nodule")], 96, 77)
+    assert fresh.stdout.strip() == hashlib.sha256(image.tobytes() + sample_studies(40, 3).to_csv().encode()).hexdigest()
+
+
+def test_a_phantom_is_fast():
+    findings = [Finding("opacity", "left", "base"), Finding("cardiomegaly")]
+    times = []
+    for seed in range(25):
+        start = time.process_time()  # this process's work, whatever else the machine does
+        render(findings, 128, seed)
+        times.append(time.process_time() - start)
+    assert statistics.median(times) < 0.040
+
+
+@pytest.mark.parametrize("major", [[], [""], ["normal"], ["No Indexing"], ["///"], ["/left"], ["left"], ["Unknown Head/right"],
+                                   [" "], ["Lung"], ["Technical Quality of Image Unsatisfactory "]])
+def test_annotations_that_mean_nothing_give_no_finding(major):
+    assert findings_from_mesh(major) == []
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text(max_size=30), max_size=4))
+def test_any_text_is_read_without_an_error(major):
+    assert isinstance(findings_from_mesh(major), list)
+
+
+def test_annotations_are_read_whatever_their_case_spaces_and_doubles():
+    plain = findings_from_mesh(["Pleural Effusion/left/large"])
+    assert plain == [Finding("effusion", "left", severity=0.9)]
+    assert findings_from_mesh(["pleural  effusion/ LEFT /large ", "Pleural Effusion/left/large"]) == plain
+    assert findings_from_mesh(["Nodule/lung/left/right"])[0].side == "both"
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: Finding("effusion", side="bilateral"), "must be 'left'"),
+    (lambda: Finding("effusion", severity=1.5), "between 0 and 1"),
+    (lambda: render([Finding("gremlin")], 64, 0), "gremlin"),
+    (lambda: render([], 0, 0), "16 pixels"),
+    (lambda: findings_from_mesh("normal"), "takes a list"),
+    (lambda: render_reference("a/file.png", 64), "phantom reference"),
+])
+def test_errors_say_what_to_do(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return sample_studies(1500, seed=4)
+
+
+def test_the_sample_is_a_studies_table(studies):
+    check_studies(studies)
+    assert list(studies.columns[5:]) == CHEXPERT_LABELS and len(studies) == 1500 and studies.study_id.is_unique
+    assert studies.image.is_unique and 0.2 < (studies["No Finding"] == 1).mean() < 0.6
+
+
+def test_a_sample_is_the_start_of_a_larger_one(studies):
+    assert sample_studies(100, seed=4).equals(studies.head(100))
+    assert not sample_studies(100, seed=5).image.equals(studies.head(100).image)
+    assert len(sample_studies(0, seed=4)) == 0
+
+
+def test_labels_and_words_agree_with_what_is_drawn(studies):
+    for row in studies.itertuples():
+        found = findings_from_mesh(parse_phantom_reference(row.image)[1])
+        assert list(row[6:]) == finding_labels(found)
+        kinds, sides = {f.kind for f in found}, {f.side for f in found}
+        text = f"{row.findings} {row.impression}".lower()
+        assert (row[6 + CHEXPERT_LABELS.index("Pleural Effusion")] == 1) == ("effusion" in kinds)
+        assert ("left" in text) <= ("left" in sides) and ("right" in text) <= ("right" in sides)
+        assert ("severe" in text or "large" in text.replace("enlarge", "")) <= any(f.severity > 0.78 for f in found)
+        assert all(f.side for f in found if KINDS[f.kind].side == "any")
+
+
+def test_patients_keep_their_anatomy(studies):
+    seeds = studies.image.map(lambda ref: parse_phantom_reference(ref)[0] % 2**48)
+    assert (seeds.groupby(studies.patient_id).nunique() == 1).all() and seeds.nunique() == studies.patient_id.nunique()
+    assert studies.patient_id.value_counts().max() >= 2
+
+
+def test_a_reference_renders_what_it_says():
+    ref = phantom_reference(8, ["Pleural Effusion/left", "normal"])
+    assert (render_reference(ref, 64) == render([Finding("effusion", "left")], 64, 8)[0]).all()
