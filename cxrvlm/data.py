@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_studies', 'open_store', 'make_tokenizer']
 
-# %% ../nbs/07a_data.ipynb #5f318e44
+# %% ../nbs/07a_data.ipynb #c4ed217e
 import os
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .images import ImageStore
 from .openi import load_openi
-from .phantom import sample_studies
+from .sampler import sample_studies
 from .settings import Settings, SettingsError, from_root
 from .studies import check_studies, split_by_patient
 from .text import load_tokenizer, train_tokenizer

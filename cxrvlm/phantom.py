@@ -690,15 +690,16 @@ def move(pair: tuple, s: int, by: float) -> tuple:
     "Add `by` to one side's number."
     return tuple(x + by * (i == s) for x, i in zip(pair, (-1, 1), strict=True))
 
-# %% ../nbs/04_phantom.ipynb #a6e7c71c
+# %% ../nbs/04_phantom.ipynb #ebdd79ae
 @shaped("cardiomegaly", system="heart",
         mesh="Cardiomegaly | Cardiac Shadow/enlarged | Cardiac Shadow/borderline | Cardiac Shadow/prominent | Heart Failure"
              " | Heart Atria | Heart Ventricles | Pericardial Effusion | Heart/prominent")
 def shape_cardiomegaly(anatomy, s, f, rng):
     return {"heart": anatomy.heart * (1.10 + 0.38 * f.severity)}
 
-@shaped("tortuous_aorta", system="mediastinum", mesh="Aorta/tortuous | Aorta/prominent | Aorta/enlarged | Aorta, Thoracic/tortuous | Aorta, Thoracic/prominent"
-             " | Aorta, Thoracic/enlarged")
+@shaped("tortuous_aorta", system="mediastinum",
+        mesh="Aorta/tortuous | Aorta/prominent | Aorta/enlarged"
+             " | Aorta, Thoracic/tortuous | Aorta, Thoracic/prominent | Aorta, Thoracic/enlarged")
 def shape_tortuous_aorta(anatomy, s, f, rng):
     return {"tortuous": anatomy.tortuous + 0.03 + 0.03 * f.severity, "knob": anatomy.knob + 0.012 + 0.015 * f.severity}
 

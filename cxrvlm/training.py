@@ -279,7 +279,7 @@ def write_history(folder: Path, progress: Progress, board: SummaryWriter) -> Non
     for name, value in progress.history[-1].items():
         board.add_scalar(name, value, progress.step)
 
-# %% ../nbs/10_training.ipynb #c7b0c5a2
+# %% ../nbs/10_training.ipynb #b72dda66
 def plot_history(
     history: list[dict] | pd.DataFrame,  # `Progress.history`
     limits: dict[str, float],  # horizontal lines, e.g. {"chance": log(B)}
@@ -291,6 +291,6 @@ def plot_history(
         ax.plot(table.step, table[name], marker=".", label=name)
     for name, value in limits.items():
         ax.axhline(value, ls=":", color="gray")
-        ax.text(table.step.iloc[-1], value, f" {name}", va="center", color="gray")
+        ax.text(1.01, value, name, va="center", color="gray", transform=ax.get_yaxis_transform())
     ax.set(xlabel="step", ylabel="loss (nats)")
     ax.legend(frameon=False)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cxrvlm import training
+from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.encoders import build_model
-from cxrvlm.images import augmentation, load_studies, open_store
+from cxrvlm.images import augmentation
 from cxrvlm.settings import load_arm, load_settings, replace
-from cxrvlm.text import make_tokenizer
 from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs
 
 SETTINGS = replace(load_settings("smoke"), train_iterations=3, max_iterations=12, patience=10)
@@ -54,7 +54,7 @@ def run(folder: Path, data: Path, sabotage=None) -> None:
     "Train as train_vlm.ipynb does."
     torch.set_num_threads(1)
     studies, _ = load_studies(SETTINGS)
-    store, tokenizer = open_store(SETTINGS, studies, data), make_tokenizer(SETTINGS, studies, data)
+    store, tokenizer = open_store(SETTINGS, studies, data), make_tokenizer(SETTINGS, studies)
     parts = [studies[studies.split == split] for split in ("train", "validation")]
     transforms = [augmentation(SETTINGS, "vlm"), None]
     sets = [ImageTextPairs(p, store, tokenizer, SETTINGS.max_tokens, t) for p, t in zip(parts, transforms, strict=True)]
