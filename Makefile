@@ -43,8 +43,9 @@ lab: install ## read and run the notebooks in Jupyter
 outputs: install ## run every notebook, store its outputs, export the package and the README
 	@python tests/notebooks.py --write
 
-results: install ## copy the table of the finished runs of PRESET to results/, for git
-	@python -c "from pathlib import Path; from cxrvlm.results import read_results; folder = Path('results/$(PRESET)'); folder.mkdir(parents=True, exist_ok=True); read_results('$(RUNS)/$(PRESET)').to_csv(folder / 'runs.csv', index=False)"
+results: ## copy the tables and the curve of PRESET from runs/ to results/, for git
+	@mkdir -p results/$(PRESET)
+	@cp $(addprefix $(RUNS)/$(PRESET)/figures/,runs.csv examples.csv retrieval_curve.svg) results/$(PRESET)/
 
 clean: ## remove what make and snakemake left, except .venv and runs
 	@rm -rf .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis

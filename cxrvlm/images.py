@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'FORMAT', 'CHUNK', 'MANY', 'PAPER_SIZE', 'ImageError', 'decode', 'to_gray', 'to_square', 'read_image',
-           'content_fingerprint', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill', 'ImageStore', 'carry_over',
-           'to_float', 'affine_map', 'blur', 'augmentation', 'augment']
+           'edition', 'content_fingerprint', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill', 'ImageStore',
+           'carry_over', 'to_float', 'affine_map', 'blur', 'augmentation', 'augment']
 
-# %% ../nbs/06_images.ipynb #f206f4d5
+# %% ../nbs/06_images.ipynb #7db5109f
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -106,15 +107,24 @@ def read_image(
     except ValueError as error:
         raise ImageError(name, str(error)) from None
 
-# %% ../nbs/06_images.ipynb #cc613783
-FORMAT = 1  # raised whenever the pixels of a store would come out differently
+# %% ../nbs/06_images.ipynb #93ed6afb
+FORMAT = 1  # raised whenever files would be decoded differently
+
+def edition(
+    refs: list[str],  # files and phantom references
+) -> str:  # e.g. "v1" for files, "v1-0f3a9c2e" where phantoms are among them
+    "Which code makes the pixels: a change of the drawing must not meet the phantoms of yesterday."
+    if not any(map(is_phantom, refs)):
+        return f"v{FORMAT}"
+    source = Path(importlib.util.find_spec("cxrvlm.phantom").origin).read_bytes()
+    return f"v{FORMAT}-{hashlib.sha256(source).hexdigest()[:8]}"
 
 def content_fingerprint(
     refs: list[str],  # files and phantom references
     size: int,  # side in pixels
 ) -> str:  # sha256, hexadecimal
     "A digest of what a store holds."
-    return hashlib.sha256(json.dumps([FORMAT, size, sorted(set(refs))]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([edition(refs), size, sorted(set(refs))]).encode()).hexdigest()
 
 # %% ../nbs/06_images.ipynb #7178db7c
 def prepare(
@@ -271,7 +281,7 @@ def carry_over(
             pixels[row] = other.pixels[other.rows[refs[row]]]
         note(pixels, done, rows)
 
-# %% ../nbs/06_images.ipynb #daac6d4f
+# %% ../nbs/06_images.ipynb #817b6ce8
 @patch(cls_method=True)
 def build(
     cls: ImageStore,
@@ -286,7 +296,7 @@ def build(
     refs = sorted({str(ref) for ref in refs})
     if not refs:
         raise ImageError(folder, "there are no images to store; check the studies table")
-    home = Path(folder) / f"v{FORMAT}-{size}px-{content_fingerprint(refs, size)[:12]}"
+    home = Path(folder) / f"{edition(refs)}-{size}px-{content_fingerprint(refs, size)[:12]}"
     if retry or not (home / "index.json").exists():
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / ".lock"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'run_folder', 'git', 'provenance', 'write_result', 'result_row', 'read_results', 'over_seeds',
-           'plot_fractions']
+           'markdown_table', 'plot_fractions']
 
 # %% ../nbs/17_results.ipynb #7e2e4bb5
 import json
@@ -122,6 +122,22 @@ def over_seeds(
     groups = runs.groupby(["preset", "arm", "fraction"])
     table = groups[metric].agg(["mean", "min", "max"])
     return table.assign(seeds=groups.size(), pairs=groups.train_pairs.mean().round().astype(int)).reset_index()
+
+# %% ../nbs/17_results.ipynb #c4aa6277
+def markdown_table(
+    runs: pd.DataFrame,  # from `read_results`
+    metrics: dict[str, str],  # metric -> heading
+) -> str:
+    "Mean (lowest to highest) over the seeds, as a Markdown table with one row per arm and fraction."
+    columns = {"arm": [], "training pairs": [], "seeds": []} | {heading: [] for heading in metrics.values()}
+    for metric, heading in metrics.items():
+        points = over_seeds(runs, metric)
+        style = ".3f" if points["max"].max() <= 1 else ".0f"
+        columns[heading] = [f"{p.mean:{style}} ({p.min:{style}} to {p.max:{style}})" for p in points.itertuples()]
+    columns |= {"arm": points.arm, "seeds": points.seeds.astype(str)}
+    columns["training pairs"] = [f"{p.pairs:,} ({p.fraction:.0%})" for p in points.itertuples()]
+    rows = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 # %% ../nbs/17_results.ipynb #edcd1c98
 def plot_fractions(

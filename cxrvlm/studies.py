@@ -205,16 +205,19 @@ def fraction_counts(
         "percent": [round(100 * len(part) / len(df), 1) for part in parts],
     })
 
-# %% ../nbs/02_studies.ipynb #0427246d
+# %% ../nbs/02_studies.ipynb #8fb1f79c
 def image_digest(
     ref: str,  # an entry of the column `image`
     root: Path | None = None,  # folder that relative paths start from
 ) -> str:  # sha256, hexadecimal
-    "A digest of an image's bytes (of the reference, for a phantom)."
-    if is_phantom(ref):
-        return hashlib.sha256(ref.encode()).hexdigest()
-    with open(Path(root or ".") / ref, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    "A digest of an image's bytes; of its reference, for a phantom or a file that cannot be read."
+    try:
+        if not is_phantom(ref):
+            with open(Path(root or ".") / ref, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        pass  # the image store names such files
+    return hashlib.sha256(ref.encode()).hexdigest()
 
 def duplicates_across_splits(
     df: pd.DataFrame,  # with the column `split`

@@ -192,7 +192,7 @@ def write_atomically(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/10_training.ipynb #d2a3ad53
+# %% ../nbs/10_training.ipynb #c51db84d
 def save_checkpoint(folder: Path, objective: nn.Module, optimizer, progress: Progress, digest: str) -> None:
     "Write all that is needed to go on."
     state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
@@ -207,7 +207,7 @@ def load_checkpoint(folder: Path, objective: nn.Module, optimizer, digest: str) 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove {folder} to start this run anew") from None
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): remove {folder} to start this run anew") from None
     if state["digest"] != digest:
         raise ValueError(f"{folder} belongs to a run with other settings: remove it to start anew, or undo the change")
     objective.load_state_dict(state["objective"])

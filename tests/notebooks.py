@@ -5,6 +5,7 @@
 import base64
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import nbformat
 import numpy as np
 from nbconvert import MarkdownExporter
 from PIL import Image
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK_FOLDERS = ("nbs", "paper_figures")
-# One thread: sums are rounded in the same order on every machine.
-QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+# One thread and no instructions newer than AVX2: sums are rounded in the same order on every x86 machine.
+QUIET |= {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+QUIET |= {"MKL_CBWR": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}
 
 
 def run(root: Path, *command: str) -> None:
@@ -51,7 +55,9 @@ def generate(root: Path) -> None:
     for folder in NOTEBOOK_FOLDERS:
         run(root, "nbdev-clean", "--fname", folder)
     run(root, "nbdev-export")
-    text, _ = MarkdownExporter().from_filename(root / "nbs/index.ipynb")
+    hidden = {"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}}
+    text, _ = MarkdownExporter(config=Config(hidden)).from_filename(root / "nbs/index.ipynb")
+    text = re.sub(r"\n{3,}", "\n\n", text)
     text = text.replace("](../", "](").replace("](0", "](nbs/0").replace("](1", "](nbs/1")
     (root / "README.md").write_text("<!-- Generated from nbs/index.ipynb by `make outputs`: edit that. -->\n\n" + text.strip() + "\n")
 

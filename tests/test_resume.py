@@ -92,7 +92,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
         (die_when_writing, 5, False),
         (die_when_writing, 5, True),
     ],
-    ids=str,
+    ids=lambda sabotage: "-".join([sabotage[0].__name__, *map(str, sabotage[1:])]),
 )
 @pytest.mark.timeout(300)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, sabotage):
