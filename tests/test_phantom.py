@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from cxrvlm.phantom import (
     KINDS,
-    LOCATIONS,
     Finding,
     findings_from_mesh,
     render,
@@ -21,16 +20,8 @@ from cxrvlm.phantom import (
     visit_seed,
 )
 from cxrvlm.studies import phantom_reference
+from strategies import FINDINGS
 
-FINDINGS = st.builds(
-    Finding,
-    kind=st.sampled_from(sorted(KINDS)),
-    side=st.sampled_from(["", "left", "right", "both"]),
-    location=st.sampled_from(["", "nowhere", *sorted(LOCATIONS)]),
-    severity=st.floats(0, 1),
-    texture=st.sampled_from(["", "streaky", "patchy", "round", "interstitial"]),
-    count=st.integers(1, 6),
-)
 SEEDS = st.integers(0, 2**63 - 1)
 
 

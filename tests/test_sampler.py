@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxrvlm.phantom import KINDS, LOCATIONS, Finding, findings_from_mesh, stream
+from cxrvlm.phantom import KINDS, findings_from_mesh, stream
 from cxrvlm.sampler import (
     LABELS,
     WORDING,
@@ -22,16 +22,7 @@ from cxrvlm.sampler import (
     write_report,
 )
 from cxrvlm.studies import CHEXPERT_LABELS, check_studies, fingerprint, parse_phantom_reference
-
-FINDINGS = st.builds(
-    Finding,
-    kind=st.sampled_from(sorted(KINDS)),
-    side=st.sampled_from(["", "left", "right", "both"]),
-    location=st.sampled_from(["", "nowhere", *sorted(LOCATIONS)]),
-    severity=st.floats(0, 1),
-    texture=st.sampled_from(["", "streaky", "patchy", "round", "interstitial"]),
-    count=st.integers(1, 6),
-)
+from strategies import FINDINGS
 
 
 def test_the_tables_know_every_kind_and_no_other():
