@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -45,9 +46,10 @@ def copy_tree(target: Path) -> Path:
 
 
 def execute(root: Path) -> None:
-    "Run all notebooks and store their outputs."
-    for folder in NOTEBOOK_FOLDERS:
-        run(root, "nbdev-test", folder, "--save", "--n-workers", "2")
+    "Run all notebooks, each in a process of its own, and store their outputs."
+    paths = [str(path.relative_to(root)) for folder in NOTEBOOK_FOLDERS for path in sorted((root / folder).rglob("*.ipynb"))]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda path: run(root, "nbdev-test", path, "--save"), paths))
 
 
 def generate(root: Path) -> None:
