@@ -6,7 +6,7 @@
 __all__ = ['RESNETS', 'Embedding', 'build_backbone', 'TimmFeatures', 'ImageEncoder', 'TextEncoder', 'DualEncoder', 'WeightsError',
            'read_weights', 'imagenet_weights', 'load_backbone', 'text_source', 'text_config', 'build_model']
 
-# %% ../nbs/08_encoders.ipynb #7efaf1dc
+# %% ../nbs/08_encoders.ipynb #7e75c28d
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from fastcore.basics import patch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from transformers import BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerBase
@@ -108,7 +109,7 @@ class TextEncoder(nn.Module):
         mask = attended.bool() & ~torch.isin(ids, self.special_ids)
         return Embedding(self.to_pooled(hidden[:, 0]), self.to_local(hidden), mask)
 
-# %% ../nbs/08_encoders.ipynb #497e236d
+# %% ../nbs/08_encoders.ipynb #13c24aac
 class DualEncoder(nn.Module, PyTorchModelHubMixin):
     "An image encoder and a text encoder with a common embedding space."
 
@@ -124,14 +125,6 @@ class DualEncoder(nn.Module, PyTorchModelHubMixin):
         self.text_encoder = TextEncoder(BertConfig(**text_config), embed_dim, special_ids)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
-    def embed_images(self, images: torch.Tensor) -> Embedding:
-        "Embed gray images [B, 1, S, S] in 0..1."
-        return self.image_encoder(images)
-
-    def embed_texts(self, tokens: BatchEncoding | dict[str, torch.Tensor]) -> Embedding:
-        "Embed tokenised reports: input_ids and attention_mask [B, W]."
-        return self.text_encoder(tokens)
-
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
@@ -141,6 +134,23 @@ class DualEncoder(nn.Module, PyTorchModelHubMixin):
         model = super()._from_pretrained(model_id=model_id, **kwargs | {"strict": True})
         model.tokenizer = load_tokenizer(model_id)
         return model
+
+# %% ../nbs/08_encoders.ipynb #b658125f
+@patch
+def embed_images(
+    self: DualEncoder,
+    images: torch.Tensor,  # [B, 1, S, S], gray values in 0..1
+) -> Embedding:
+    "Embed images."
+    return self.image_encoder(images)
+
+@patch
+def embed_texts(
+    self: DualEncoder,
+    tokens: BatchEncoding | dict[str, torch.Tensor],  # input_ids and attention_mask, each [B, W]
+) -> Embedding:
+    "Embed tokenised reports."
+    return self.text_encoder(tokens)
 
 # %% ../nbs/08_encoders.ipynb #1333543c
 class WeightsError(ValueError):

@@ -189,10 +189,11 @@ def note(
     done.flush()
     fresh.clear()
 
-# %% ../nbs/06_images.ipynb #ed42fdcd
+# %% ../nbs/06_images.ipynb #929d6b64
 CHUNK = 64  # images between two notes of progress
 MANY = 256  # images from which worker processes and a progress bar pay
 
+# %% ../nbs/06_images.ipynb #fbede4d8
 def fill(
     pixels: np.memmap,  # uint8 [N, size, size]
     done: np.memmap,  # bool [N]

@@ -170,7 +170,7 @@ def read_ini(
         raise SettingsError(f"{path.name} cannot be read: {error}") from None
     return path, parser
 
-# %% ../nbs/00_settings.ipynb #585c4aa2
+# %% ../nbs/00_settings.ipynb #47c9c919
 def explain(
     error: dict,  # one of pydantic's `errors()`
     model: type[BaseModel],  # what was being filled
@@ -189,6 +189,7 @@ def explain(
     allowed = error["msg"].replace("Input should", "it should").replace("Field required", "one more value is required")
     return f"  [{where(key)}] {key} = {error['input']}: {allowed}"
 
+# %% ../nbs/00_settings.ipynb #8f31d733
 def fill(
     model: type[BaseModel],
     values: dict[str, str],
@@ -205,7 +206,7 @@ def fill(
         faults = "\n".join(explain(e, model, where) for e in error.errors())
         raise SettingsError(f"{path.name} is not right:\n{faults}") from None
 
-# %% ../nbs/00_settings.ipynb #4c0aa071
+# %% ../nbs/00_settings.ipynb #f5edb67f
 def preset_names(path: str | Path | None = None) -> list[str]:
     "The presets in the file."
     return [s for s in read_ini(path)[1].sections() if s != "DEFAULT" and not s.startswith("arm ")]
@@ -214,6 +215,7 @@ def arm_names(path: str | Path | None = None) -> list[str]:
     "The arms in the file."
     return [s.removeprefix("arm ") for s in read_ini(path)[1].sections() if s.startswith("arm ")]
 
+# %% ../nbs/00_settings.ipynb #97ad8c45
 def load_settings(
     preset: str,  # a section of the file: smoke, demo, openi, paper, or your own
     path: str | Path | None = None,  # None: the settings.ini beside the package
@@ -229,6 +231,7 @@ def load_settings(
         raise SettingsError(f"{path.name}, [{preset}] arms: there is no [arm {unknown[0]}]")
     return settings
 
+# %% ../nbs/00_settings.ipynb #c1454c02
 def load_arm(
     name: str,  # the section [arm NAME]
     path: str | Path | None = None,  # None: the settings.ini beside the package

@@ -73,7 +73,7 @@ def label_columns(
     "The columns that hold labels: all that have no other meaning."
     return [c for c in df.columns if c not in [*COLUMNS, "split"]]
 
-# %% ../nbs/02_studies.ipynb #9979a0c2
+# %% ../nbs/02_studies.ipynb #b1b57ef0
 class StudiesError(ValueError):
     "A studies table that would corrupt a result."
 
@@ -93,6 +93,7 @@ def check_studies(
         raise StudiesError(f"{len(lines)} faults in {len(df)} rows:\n" + "\n".join(lines)) from None
     return df
 
+# %% ../nbs/02_studies.ipynb #ba9a6821
 def describe_fault(
     rows: pd.DataFrame,  # the table, numbered from 0
     row: int,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['epoch_order', 'batch_indices', 'StepSampler', 'load_batches', 'NotFiniteError', 'add_up', 'train_step',
            'build_optimizer', 'set_rate', 'validate', 'Progress', 'write_atomically', 'save_checkpoint',
-           'load_checkpoint', 'start_device', 'train_until_validation', 'train', 'write_history', 'plot_history']
+           'load_checkpoint', 'start_device', 'train_until_validation', 'write_history', 'train', 'plot_history']
 
 # %% ../nbs/10_training.ipynb #2ff21762
 import itertools
@@ -243,7 +243,14 @@ def train_until_validation(objective, batches, optimizer, accelerator, progress,
     progress.step = stop
     return pd.DataFrame(rows).mean().to_dict()
 
-# %% ../nbs/10_training.ipynb #4f89fba2
+# %% ../nbs/10_training.ipynb #abc320bd
+def write_history(folder: Path, progress: Progress, board: SummaryWriter) -> None:
+    "The history as CSV, and its last row for TensorBoard."
+    write_atomically(folder / "history.csv", lambda path: pd.DataFrame(progress.history).to_csv(path, index=False))
+    for name, value in progress.history[-1].items():
+        board.add_scalar(name, value, progress.step)
+
+# %% ../nbs/10_training.ipynb #1dfee864
 def train(
     objective: nn.Module,  # batch -> named loss terms
     train_set: Dataset,
@@ -272,12 +279,6 @@ def train(
     objective.load_state_dict(torch.load(saved / "best.pt", map_location="cpu", weights_only=True))
     objective.eval()
     return progress
-
-def write_history(folder: Path, progress: Progress, board: SummaryWriter) -> None:
-    "The history as CSV, and its last row for TensorBoard."
-    write_atomically(folder / "history.csv", lambda path: pd.DataFrame(progress.history).to_csv(path, index=False))
-    for name, value in progress.history[-1].items():
-        board.add_scalar(name, value, progress.step)
 
 # %% ../nbs/10_training.ipynb #b72dda66
 def plot_history(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ImageTextPairs', 'ContrastiveObjective', 'embed_pairs']
 
-# %% ../nbs/13_vlm.ipynb #88850b7e
+# %% ../nbs/13_vlm.ipynb #1dbd0eb8
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from .images import ImageStore, augment, to_float
 from .losses import contrastive_loss, global_similarity
 from .text import tokenize
 
-# %% ../nbs/13_vlm.ipynb #e4fcc99e
+# %% ../nbs/13_vlm.ipynb #1e52febb
 class ImageTextPairs(Dataset):
     "Image-report pairs for the training loop."
 
@@ -45,11 +46,16 @@ class ImageTextPairs(Dataset):
             image = augment(image, self.transform, self.seed, step, self.names[index])
         return {"study_id": self.names[index], "image": image, "text": self.texts[index]}
 
-    def collate(self, samples: list[dict]) -> dict:
-        "A batch: study_id (B names), images [B, 1, S, S], tokens (input_ids and attention_mask [B, W])."
-        tokens = tokenize(self.tokenizer, [sample["text"] for sample in samples], self.max_tokens)
-        images = torch.stack([sample["image"] for sample in samples])
-        return {"study_id": [sample["study_id"] for sample in samples], "images": images, "tokens": tokens}
+# %% ../nbs/13_vlm.ipynb #16cb543a
+@patch
+def collate(
+    self: ImageTextPairs,
+    samples: list[dict],  # B of them
+) -> dict:  # study_id (B names), images [B, 1, S, S], tokens (input_ids and attention_mask [B, W])
+    "Make a batch."
+    tokens = tokenize(self.tokenizer, [sample["text"] for sample in samples], self.max_tokens)
+    images = torch.stack([sample["image"] for sample in samples])
+    return {"study_id": [sample["study_id"] for sample in samples], "images": images, "tokens": tokens}
 
 # %% ../nbs/13_vlm.ipynb #e53c1fab
 class ContrastiveObjective(nn.Module):
