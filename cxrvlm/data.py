@@ -42,14 +42,16 @@ def open_store(
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ImageStore.build(studies.image.tolist(), folder, settings.image_size, workers=workers)
 
-# %% ../nbs/07a_data.ipynb #c4185b20
+# %% ../nbs/07a_data.ipynb #ae20b907
 def make_tokenizer(
     settings: Settings,
     studies: pd.DataFrame,  # from `load_studies`
+    source: str = "",  # train, or as for `load_tokenizer`; empty: what the settings name
 ) -> PreTrainedTokenizerFast:
-    "The tokenizer that the settings name."
-    if settings.tokenizer != "train":
-        return load_tokenizer(settings.tokenizer)
+    "The tokenizer of the settings, or the one that belongs to other weights."
+    source = source or settings.tokenizer
+    if source != "train":
+        return load_tokenizer(source, settings.weights)
     training = studies[studies.split == "train"]
     texts = [text for text in [*training.findings, *training.impression] if text.strip()]
     return train_tokenizer(texts, settings.vocab_size)

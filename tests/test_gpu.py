@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cxrvlm.data import load_studies, make_tokenizer, open_store
-from cxrvlm.encoders import build_model
 from cxrvlm.images import augmentation
+from cxrvlm.initialisation import build_model
 from cxrvlm.retrieval import retrieval_metrics
 from cxrvlm.settings import load_arm, load_settings, replace
 from cxrvlm.training import start_device, train

@@ -9,8 +9,8 @@ import torch
 
 from cxrvlm import training
 from cxrvlm.data import load_studies, make_tokenizer, open_store
-from cxrvlm.encoders import build_model
 from cxrvlm.images import augmentation
+from cxrvlm.initialisation import build_model
 from cxrvlm.settings import load_arm, load_settings, replace
 from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs
 
