@@ -370,7 +370,7 @@ def blur(
     scaled = [sigma * size / PAPER_SIZE for sigma in sigmas]
     return v2.RandomChoice([v2.GaussianBlur(2 * int(np.ceil(3 * sigma)) + 1, sigma) for sigma in scaled])
 
-# %% ../nbs/06_images.ipynb #1048c796
+# %% ../nbs/06_images.ipynb #89b549de
 def augmentation(
     settings,  # of `load_settings`; its vlm_* or simclr_* and image_size
     stage: str,  # "vlm" or "simclr": the columns of Table 2
@@ -381,11 +381,14 @@ def augmentation(
         raise ValueError(f"stage = {stage!r}: Table 2 has 'vlm' and 'simclr'")
     def value(name):
         return getattr(settings, f"{stage}_{name}")
-    steps = affine_map(*map(value, ["translation", "rotation", "shear", "scaling"]))
+    rotation, flip = value("rotation"), value("flip")
+    if stage == "simclr" and settings.simclr_laterality_safe:
+        rotation, flip = min(rotation, settings.vlm_rotation), 0
+    steps = affine_map(value("translation"), rotation, value("shear"), value("scaling"))
     if value("brightness"):
         steps.append(v2.ColorJitter(brightness=value("brightness")))
-    if value("flip"):
-        steps.append(v2.RandomHorizontalFlip(value("flip")))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip(flip))
     if value("noise") and value("noise_p"):
         steps.append(v2.RandomApply([v2.GaussianNoise(sigma=value("noise"))], value("noise_p")))
     if value("blur_sigma") and value("blur_p"):

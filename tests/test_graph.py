@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-RUN = "smoke/baseline/1/0"
+RUN, SHOWN = "smoke/baseline/1/0", "smoke/adapted/1/0"
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -59,14 +59,46 @@ def test_the_graph_leaves_what_the_design_names(runs):
     assert {"metrics", "counts", "data", "digest", "provenance", "settings", "seconds"} <= result.keys()
     assert 0 < result["metrics"]["auroc"] < 1
     assert len(list(runs.rglob("result.json"))) == 4
-    assert (runs / "smoke/figures/retrieval_curve.svg").stat().st_size > 1000
-    assert "baseline" in (runs / "smoke/figures/retrieval_curve.txt").read_text()
-    assert set(pd.read_csv(runs / RUN / "examples.csv").shown) == {"own", "top", "least"}
+    for figure in ("retrieval_curve", "figure_3"):
+        assert (runs / f"smoke/figures/{figure}.svg").stat().st_size > 1000
+    text = (runs / "smoke/figures/retrieval_curve.txt").read_text()
+    assert "baseline" in text and "adapted" in text
 
 
 def test_evaluation_repeats_the_record(runs):
-    result, evaluation = (json.loads((runs / RUN / f"{name}.json").read_text()) for name in ("result", "evaluation"))
+    result, evaluation = (json.loads((runs / SHOWN / f"{name}.json").read_text()) for name in ("result", "evaluation"))
     assert evaluation["metrics"] == pytest.approx(result["metrics"])
+    assert set(pd.read_csv(runs / SHOWN / "examples.csv").shown) == {"own", "top", "least"}
+
+
+def test_each_encoder_is_adapted_once_and_used_by_all_runs(runs):
+    records = sorted(runs.rglob("adaptation.json"))
+    assert [str(path.parent.relative_to(runs / "smoke/stage1")) for path in records] == ["random-adapted/0", "simclr/0"]
+    made = max(path.stat().st_mtime for path in records)
+    results = sorted((runs / "smoke/adapted").rglob("result.json"))
+    assert len(results) == 2 and all(path.stat().st_mtime > made for path in results)
+
+
+def test_an_adapted_run_starts_from_stage_1(tmp_path):
+    process = train(tmp_path, preset="smoke", arm="adapted", fraction=1, seed=0)
+    output = process.communicate()[0]
+    assert process.returncode != 0 and "run nbs/experiments/adapt_text.ipynb for this preset and seed first" in output
+
+
+def test_arms_without_weights_are_left_out_and_named():
+    process = start("snakemake", "openi", "--dry-run", "--quiet", "host")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "Left out: arm clip. clip is not on this machine" in output and "hf download timm/resnet50_clip.openai" in output
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE))
+    assert counts["adapt_image"] == counts["adapt_text"] == "3" and counts["run"] == str(4 * 6 * 3)
+
+
+def test_a_preset_none_of_whose_arms_can_be_run_says_so():
+    process = start("snakemake", "--dry-run", "paper")
+    output = process.communicate()[0]
+    assert process.returncode != 0 and "no arm of the preset paper can be run here" in output
+    assert "hf download microsoft/BiomedVLP-CXR-BERT-general --local-dir weights/BiomedVLP-CXR-BERT-general" in output
 
 
 def test_a_finished_graph_has_nothing_to_do(runs):
@@ -89,7 +121,7 @@ def test_only_what_is_missing_is_done_again(runs, tmp_path):
 def test_a_failing_run_does_not_stop_the_others(runs, tmp_path):
     copy = shutil.copytree(runs, tmp_path / "runs")
     shutil.rmtree(copy / "smoke/baseline")
-    broken = copy / "smoke/baseline/1/1"
+    broken = copy / "smoke/baseline/0.5/0"
     (broken / "checkpoint").mkdir(parents=True)
     (broken / "checkpoint/state.pt").write_text("this is no checkpoint")
     code, output = snakemake(copy)
@@ -102,7 +134,7 @@ def test_a_failing_run_does_not_stop_the_others(runs, tmp_path):
     [
         ({"fracton": 0.5}, "there is no parameter fracton: did you mean fraction?"),
         ({"seed": "one"}, "seed = 'one': must be int"),
-        ({"arm": "ours"}, "has no arm 'ours'"),
+        ({"arm": "theirs"}, "has no arm 'theirs'"),
         ({"fraction": 0}, "must be above 0"),
     ],
 )
