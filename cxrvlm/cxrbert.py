@@ -56,7 +56,7 @@ def mask_tokens(
         ids, labels = collator.torch_mask_tokens(tokens["input_ids"].clone(), special)
     return BatchEncoding({**tokens, "input_ids": ids}), labels
 
-# %% ../nbs/12_cxrbert.ipynb #50fa4528
+# %% ../nbs/12_cxrbert.ipynb #a5cc787c
 class ReportSections(Dataset):
     "Findings and impressions for the training loop."
 
@@ -69,11 +69,12 @@ class ReportSections(Dataset):
     ):
         if settings.cxrbert_rsm and not has_both_sections(studies).any():
             raise ValueError(
-                f"none of the {len(studies)} studies has both findings and an impression, so there is nothing to match: "
-                "set cxrbert_rsm = 0 in settings.ini to adapt by masked words alone"
+                f"none of the {len(studies)} studies has both findings and an impression, so there is nothing to "
+                "match: set cxrbert_rsm = 0 in settings.ini to adapt by masked words alone"
             )
         used = studies[has_both_sections(studies)] if settings.cxrbert_rsm else studies
-        self.rows = used[["study_id", "findings", "impression"]].to_dict("records")
+        reports = used.drop_duplicates("study_id")  # a study with several images has several rows
+        self.rows = reports[["study_id", "findings", "impression"]].to_dict("records")
         self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ class RSMHead(nn.Module):
     ) -> torch.Tensor:  # [B, size]
         return self.dense_to_output(self.LayerNorm(F.gelu(self.dense_to_hidden(cls))))
 
-# %% ../nbs/12_cxrbert.ipynb #2b34003f
+# %% ../nbs/12_cxrbert.ipynb #4b4ed677
 def build_head(
     hidden: int,  # width of BERT
     size: int,  # output dimensions, `cxrbert_head`
@@ -129,7 +130,8 @@ def build_head(
     try:
         head.load_state_dict(head.state_dict() if state is None else state)
     except RuntimeError as error:
-        raise WeightsError(f"the head does not fit cxrbert_head = {size} and a BERT of width {hidden}: {error}") from None
+        fault = f"the head does not fit cxrbert_head = {size} and a BERT of width {hidden}: {error}"
+        raise WeightsError(fault) from None
     return head
 
 # %% ../nbs/12_cxrbert.ipynb #d095866d
@@ -162,7 +164,7 @@ class TextAdaptationObjective(nn.Module):
             terms["rsm"] = self.rsm * contrastive_loss(global_similarity(findings, impressions), self.tau)
         return terms
 
-# %% ../nbs/12_cxrbert.ipynb #66ae38a3
+# %% ../nbs/12_cxrbert.ipynb #17eb3a2d
 def token_frequencies(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],  # the training texts
@@ -175,7 +177,6 @@ def token_frequencies(
     counts[tokenizer.all_special_ids] = 0
     return counts / counts.sum()
 
-# %% ../nbs/12_cxrbert.ipynb #e096a08c
 def sections(
     studies: pd.DataFrame,  # a studies table
 ) -> list[str]:

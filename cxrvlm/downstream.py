@@ -164,7 +164,7 @@ def read_patients(
         raise ValueError(f"{path} has {len(twice)} rows with an image that an earlier row has, e.g. {twice.iloc[0]}")
     return table
 
-# %% ../nbs/16_downstream.ipynb #6b51aae0
+# %% ../nbs/16_downstream.ipynb #5dbfe5f2
 def read_labels(
     path: str | Path,  # a CSV: image, patient or patient_id, and `labels` or one column per label
 ) -> pd.DataFrame:  # image, patient_id, and one column per label with 1, 0, -1 or blank
@@ -172,6 +172,7 @@ def read_labels(
     table = read_patients(path)
     if "labels" in table:
         found = table.labels.fillna("").str.replace(r"\s*\|\s*", "|", regex=True).str.strip().str.get_dummies("|")
+        found = found.drop(columns="", errors="ignore")
     else:
         found = table.drop(columns=["image", "patient_id"])
         found = found.loc[:, [column.isin([1, 0, -1]).sum() == column.notna().sum() for _, column in found.items()]]
