@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cxrvlm.eda.differences': ('eda.html#differences', 'cxrvlm/eda.py'),
                             'cxrvlm.eda.eda': ('eda.html#eda', 'cxrvlm/eda.py'),
                             'cxrvlm.eda.findings_in': ('eda.html#findings_in', 'cxrvlm/eda.py'),
+                            'cxrvlm.eda.fits': ('eda.html#fits', 'cxrvlm/eda.py'),
                             'cxrvlm.eda.insert_terms': ('eda.html#insert_terms', 'cxrvlm/eda.py'),
                             'cxrvlm.eda.is_gap': ('eda.html#is_gap', 'cxrvlm/eda.py'),
                             'cxrvlm.eda.join_terms': ('eda.html#join_terms', 'cxrvlm/eda.py'),

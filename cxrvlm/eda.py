@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['WORD', 'START', 'SYNONYMS', 'FINDINGS', 'ORGANS', 'WELL', 'DENIES_NEXT', 'DENIES_BEFORE', 'SEEN', 'IDLE', 'DOUBTS',
            'WHERE', 'CLAUSE', 'UNCHANGED', 'cut', 'is_gap', 'join_terms', 'phrases', 'pick', 'known_terms',
-           'replace_terms', 'insert_terms', 'swap_terms', 'delete_terms', 'lower_starts', 'raise_starts', 'eda',
+           'replace_terms', 'insert_terms', 'swap_terms', 'delete_terms', 'lower_starts', 'raise_starts', 'eda', 'fits',
            'matches', 'denied_words', 'clause_parts', 'findings_in', 'meaning', 'differences']
 
-# %% ../nbs/06c_eda.ipynb #61732431
+# %% ../nbs/06c_eda.ipynb #4efee4ab
 import re
-from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -246,7 +245,11 @@ WHERE = {"left": r"left\b|leftward|levo", "right": r"right\b|rightward|dextro", 
 CLAUSE = re.compile(r"[.;:!?]+(?=\s|$)|\n|\b(?:but|however|although|though|except|otherwise|which)\b")
 UNCHANGED = re.compile(r"\b(?:no|without)(?: significant| interval| definite| acute)* (?:change|progression|increase)\b")
 
-# %% ../nbs/06c_eda.ipynb #f266780e
+# %% ../nbs/06c_eda.ipynb #fe639a8e
+def fits(word: str, pattern: str) -> bool:
+    "Is it this word, or one with this beginning?"
+    return word.startswith(pattern[:-1]) if pattern[-1] == "*" else word == pattern
+
 def matches(
     words: list[str],  # of a part of a clause
     wanted: str,  # "a b": b follows a; "a + b": anywhere in the part; "a*": a word that begins so
@@ -254,11 +257,12 @@ def matches(
     "Where the words of a finding are."
     places = set()
     for run in wanted.split(" + "):
-        patterns = run.split()
-        starts = [k for k in range(len(words)) if all(map(fnmatchcase, words[k:], patterns)) and k + len(patterns) <= len(words)]
+        first, *rest = run.split()
+        starts = [k for k, word in enumerate(words) if fits(word, first) and len(words) - k > len(rest)
+                  and all(map(fits, words[k + 1 :], rest))]
         if not starts:
             return set()
-        places |= {k + j for k in starts for j in range(len(patterns))}
+        places |= {k + j for k in starts for j in range(1 + len(rest))}
     return places
 
 def denied_words(

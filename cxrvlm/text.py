@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'untrained', 'words_of', 'train_tokenizer', 'unusable', 'load_tokenizer', 'clip_tokenizer',
-           'refuse_empty', 'encode', 'token_limit', 'tokenize', 'token_lengths', 'truncation', 'truncation_notice']
+           'refuse_empty', 'encode', 'token_limit', 'tokenize', 'token_lengths', 'truncation', 'truncation_notice',
+           'eda']
 
 # %% ../nbs/07_text.ipynb #9c13c8d6
 from collections.abc import Sequence
@@ -170,3 +171,8 @@ def truncation_notice(
     return (f"{counts['cut']:,} of {counts['texts']:,} reports ({counts['cut'] / counts['texts']:.1%}) are cut at "
             f"{counts['max_tokens']} tokens; {counts['lost'] / counts['tokens']:.1%} of all tokens are lost, "
             f"and the longest report has {counts['longest']}")
+
+# %% ../nbs/07_text.ipynb #8d78cf09
+from .eda import eda
+
+_all_ = ["eda"]
