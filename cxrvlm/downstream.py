@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .retrieval import named_rows
 
-# %% ../nbs/16_downstream.ipynb #ee20ecf3
+# %% ../nbs/16_downstream.ipynb #b72a0a41
 def positive(
     labels: pd.DataFrame,  # N rows, L columns with 1, 0, -1 or blank
 ) -> np.ndarray:  # bool [N, L]
@@ -29,7 +29,7 @@ def positive(
     for name, column in labels.items():
         odd = column[column.notna() & ~column.isin([1, 0, -1])]
         if len(odd):
-            raise ValueError(f"the label {name} has the value {odd.iloc[0]} in row {odd.index[0]}: use 1, 0, -1 or blank")
+            raise ValueError(f"label {name}: the value in row {odd.index[0]} is {odd.iloc[0]}; use 1, 0, -1 or blank")
     return labels.eq(1).to_numpy(dtype=bool, na_value=False)
 
 # %% ../nbs/16_downstream.ipynb #8945f866
@@ -83,16 +83,17 @@ def too_few(
             return f"patients {word} it: {count}, needed: {folds}"
     return ""
 
-# %% ../nbs/16_downstream.ipynb #e7c56154
+# %% ../nbs/16_downstream.ipynb #15d519a4
 def check_probe(features: np.ndarray, y: np.ndarray, patients: np.ndarray, folds: int) -> None:
     "Refuse what would give numbers without meaning."
     if features.ndim != 2 or not len(features) == len(y) == len(patients):
-        raise ValueError(f"features {list(features.shape)}, labels {list(y.shape)} and {len(patients)} patients: one row each is needed")
-    finite = np.isfinite(features).all(1)
-    if not finite.all():
-        raise ValueError(f"features: NaN or infinity in {named_rows(torch.tensor(~finite))}. Has the training diverged?")
-    if pd.isna(patients).any():
-        raise ValueError(f"no patient is given in {named_rows(torch.tensor(pd.isna(patients)))}: folds must keep a patient together")
+        shapes = f"features {list(features.shape)}, labels {list(y.shape)} and {len(patients)} patients"
+        raise ValueError(f"{shapes}: one row for each image is needed")
+    odd, unknown = ~np.isfinite(features).all(1), pd.isna(patients)
+    if odd.any():
+        raise ValueError(f"features: NaN or infinity in {named_rows(torch.tensor(odd))}. Has the training diverged?")
+    if unknown.any():
+        raise ValueError(f"no patient in {named_rows(torch.tensor(unknown))}: folds must keep a patient together")
     if folds < 2:
         raise ValueError(f"folds = {folds}: at least 2 are needed")
 
@@ -119,7 +120,7 @@ def scores_in_folds(
                 results[label].append(probe_scores((x_train, y[train, label]), (x_test, y[test, label]), C, steps))
     return [result if isinstance(result, str) else pd.DataFrame(result).mean().to_dict() for result in results]
 
-# %% ../nbs/16_downstream.ipynb #4017fdb4
+# %% ../nbs/16_downstream.ipynb #bc29a5a0
 def linear_probe(
     features: np.ndarray,  # [N, D]
     labels: pd.DataFrame,  # N rows, one column per label with 1, 0, -1 or blank
@@ -133,7 +134,8 @@ def linear_probe(
     x, y, who = np.asarray(features, dtype=np.float32), positive(labels), np.asarray(patients)
     check_probe(x, y, who, folds)
     rows = []
-    for name, column, result in zip(labels.columns, y.T, scores_in_folds(x, y, who, folds, seed, C, steps), strict=True):
+    results = scores_in_folds(x, y, who, folds, seed, C, steps)
+    for name, column, result in zip(labels.columns, y.T, results, strict=True):
         row = {"label": name, "positives": int(column.sum()), "patients": len(set(who[column]))}
         if isinstance(result, str):
             result = {"balanced_accuracy": np.nan, "auroc": np.nan, "note": result}
@@ -142,7 +144,7 @@ def linear_probe(
         rows.append(row | {"note": ""} | result)
     return pd.DataFrame(rows, columns=["label", "positives", "patients", "balanced_accuracy", "auroc", "note"])
 
-# %% ../nbs/16_downstream.ipynb #7351a810
+# %% ../nbs/16_downstream.ipynb #d866599b
 def read_patients(
     path: str | Path,  # a CSV with the columns image, and patient or patient_id
 ) -> pd.DataFrame:  # the file's columns; image and patient_id are text
@@ -155,16 +157,18 @@ def read_patients(
     missing = {"image": "image", "patient_id": "patient (or patient_id)"}.items()
     missing = [words for name, words in missing if name not in table]
     if missing:
-        raise ValueError(f"{path} lacks the column {' and the column '.join(missing)}; it has {', '.join(table.columns)}")
+        lacking, there = " and the column ".join(missing), ", ".join(table.columns)
+        raise ValueError(f"{path} lacks the column {lacking}; it has {there}")
     for name in ("image", "patient_id"):
-        if table[name].isna().any():
-            raise ValueError(f"{path}: {name} is blank in {named_rows(torch.tensor(table[name].isna().to_numpy()))}, counted from 0")
+        blank = torch.tensor(table[name].isna().to_numpy())
+        if blank.any():
+            raise ValueError(f"{path}: {name} is blank in {named_rows(blank)}, counted from 0")
     twice = table.image[table.image.duplicated()]
     if len(twice):
         raise ValueError(f"{path} has {len(twice)} rows with an image that an earlier row has, e.g. {twice.iloc[0]}")
     return table
 
-# %% ../nbs/16_downstream.ipynb #5dbfe5f2
+# %% ../nbs/16_downstream.ipynb #d17ddfa6
 def read_labels(
     path: str | Path,  # a CSV: image, patient or patient_id, and `labels` or one column per label
 ) -> pd.DataFrame:  # image, patient_id, and one column per label with 1, 0, -1 or blank
@@ -177,10 +181,10 @@ def read_labels(
         found = table.drop(columns=["image", "patient_id"])
         found = found.loc[:, [column.isin([1, 0, -1]).sum() == column.notna().sum() for _, column in found.items()]]
     if found.empty:
-        raise ValueError(f"{path} has no labels: add a column `labels` (A|B), or columns with nothing but 1, 0, -1 and blanks")
+        raise ValueError(f"{path} has no labels: add a column `labels` (A|B), or columns of 1, 0, -1 and blanks")
     return pd.concat([table[["image", "patient_id"]], found], axis=1)
 
-# %% ../nbs/16_downstream.ipynb #ad16ff98
+# %% ../nbs/16_downstream.ipynb #d2df20dd
 def match_labels(
     images: pd.DataFrame,  # study_id and image: the path inside a folder
     labels: pd.DataFrame,  # from `read_labels`
@@ -190,8 +194,10 @@ def match_labels(
     key = images.image.where(by_path, images.image.map(lambda path: Path(path).name))
     table = images.assign(key=key).merge(labels.rename(columns={"image": "key"}), on="key")
     if table.empty:
-        raise ValueError(f"the labels name none of the {len(images)} images, e.g. {images.image[0]}; they name {labels.image[0]}")
+        here, there = images.image.iloc[0], labels.image.iloc[0]
+        raise ValueError(f"the labels name none of the {len(images)} images, e.g. {here}; they name e.g. {there}")
     twice = table[table.key.duplicated(keep=False)]
     if len(twice):
-        raise ValueError(f"{' and '.join(twice.image[:2])} have the same name; write their paths inside the folder into the labels")
+        both = " and ".join(twice.image[:2])
+        raise ValueError(f"{both} have the same name: in the labels, write paths inside the folder")
     return table.drop(columns="key")

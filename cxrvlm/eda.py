@@ -245,7 +245,7 @@ WHERE = {"left": r"left\b|leftward|levo", "right": r"right\b|rightward|dextro", 
 CLAUSE = re.compile(r"[.;:!?]+(?=\s|$)|\n|\b(?:but|however|although|though|except|otherwise|which)\b")
 UNCHANGED = re.compile(r"\b(?:no|without)(?: significant| interval| definite| acute)* (?:change|progression|increase)\b")
 
-# %% ../nbs/06c_eda.ipynb #fe639a8e
+# %% ../nbs/06c_eda.ipynb #0fa7c548
 def fits(word: str, pattern: str) -> bool:
     "Is it this word, or one with this beginning?"
     return word.startswith(pattern[:-1]) if pattern[-1] == "*" else word == pattern
@@ -265,6 +265,7 @@ def matches(
         places |= {k + j for k in starts for j in range(1 + len(rest))}
     return places
 
+# %% ../nbs/06c_eda.ipynb #8d82ea2d
 def denied_words(
     words: list[str],  # of a clause, with its commas
 ) -> set[int]:  # places

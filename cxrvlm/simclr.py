@@ -117,7 +117,7 @@ def image_features(
     parts = [to_float(store.batch(refs[start : start + batch_size])) for start in range(0, len(refs), batch_size)]
     return torch.cat([encoder.features(part.to(device)).mean(1).float().cpu() for part in parts])
 
-# %% ../nbs/11_simclr.ipynb #d3506b05
+# %% ../nbs/11_simclr.ipynb #686a0779
 @torch.no_grad()
 def view_features(
     encoder: ImageEncoder,
@@ -128,8 +128,9 @@ def view_features(
     encoder.eval()
     device = next(encoder.parameters()).device
     parts = [range(start, min(start + batch_size, len(views))) for start in range(0, len(views), batch_size)]
-    batches = (views.collate([views[0, index] for index in part])["views"].to(device) for part in parts)
-    return torch.cat([encoder.features(x.flatten(0, 1)).mean(1).unflatten(0, x.shape[:2]).float().cpu() for x in batches], dim=1)
+    batches = (views.collate([views[0, index] for index in part])["views"] for part in parts)
+    pooled = [encoder.features(x.flatten(0, 1).to(device)).mean(1).unflatten(0, (2, -1)) for x in batches]
+    return torch.cat(pooled, dim=1).float().cpu()
 
 # %% ../nbs/11_simclr.ipynb #4ffb6a3e
 def alignment(
@@ -152,13 +153,14 @@ def uniformity(
     total = sum(torch.exp(2 * t * (rows @ unit.T - 1)).sum() for rows in unit.split(1024))  # |x - y|^2 = 2 - 2 x.y
     return torch.log((total - len(x)) / (len(x) * (len(x) - 1))).item()
 
-# %% ../nbs/11_simclr.ipynb #9434bf8d
+# %% ../nbs/11_simclr.ipynb #10fa4fb9
 def save_backbone(
     encoder: ImageEncoder,
     path: Path,  # .safetensors
 ) -> None:
     "Write the backbone's weights, in one piece."
-    state = {key: value.cpu().contiguous() for key, value in encoder.backbone.state_dict().items()}  # the file has one order of axes
+    state = encoder.backbone.state_dict()
+    state = {key: value.cpu().contiguous() for key, value in state.items()}  # the format knows one order of axes
     write_atomically(path, lambda temporary: safetensors.torch.save_file(state, temporary))
 
 # %% ../nbs/11_simclr.ipynb #eeec1e37

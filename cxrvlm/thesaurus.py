@@ -127,9 +127,8 @@ pericardial effusion = pericardial fluid
 prosthetic heart valve = prosthetic cardiac valve = artificial heart valve (and plurals)
 """
 
-# %% ../nbs/06b_thesaurus.ipynb #f9e9a5b0
-FAMILIES["vessels and mediastinum"] = """
-# Fleischner 2008 (lymphadenopathy: adenopathy, lymph node enlargement); MeSH entry term of Mediastinal Emphysema;
+# %% ../nbs/06b_thesaurus.ipynb #c55ba750
+FAMILIES["vessels"] = """
 # Terminologia Anatomica (pulmonary trunk); the rest rephrased
 pulmonary vasculature = pulmonary vascularity = lung vasculature
 pulmonary vessels = lung vessels = vessels of the lungs
@@ -154,6 +153,11 @@ aortic aneurysm = aneurysm of the aorta (and plurals)
 thoracic aortic aneurysm = aneurysm of the thoracic aorta (and plurals)
 aortic arch = arch of the aorta
 aortic knob = aortic knuckle
+"""
+
+# %% ../nbs/06b_thesaurus.ipynb #0be9ee3e
+FAMILIES["mediastinum"] = """
+# Fleischner 2008 (lymphadenopathy: adenopathy, lymph node enlargement); MeSH entry term of Mediastinal Emphysema; rephrased
 mediastinal contour = contour of the mediastinum = mediastinal outline (and plurals)
 mediastinal silhouette = silhouette of the mediastinum = mediastinal shadow
 mediastinal widening = widening of the mediastinum = widened mediastinum
@@ -220,10 +224,10 @@ bronchiectasis = bronchiectatic change
 bronchial obstruction = obstruction of the bronchus
 """
 
-# %% ../nbs/06b_thesaurus.ipynb #7b064599
+# %% ../nbs/06b_thesaurus.ipynb #c409e3fc
 FAMILIES["lung disease"] = """
-# MeSH entry terms of Lung Diseases, Interstitial, Lung Neoplasms, Cystic Fibrosis, Neoplasms and Cicatrix;
-# Open-i's ways of ending a report (acute cardiopulmonary abnormality, disease, process, finding); the rest rephrased
+# Open-i's ways of ending a report (acute cardiopulmonary abnormality, disease, process, finding); MeSH entry terms of
+# Lung Diseases, Interstitial; the rest rephrased
 cardiopulmonary abnormality = cardiopulmonary disease = cardiopulmonary process = cardiopulmonary finding (and plurals)
 intrathoracic abnormality = intrathoracic process = intrathoracic disease = intrathoracic finding (and plurals)
 acute abnormality = acute disease = acute process = acute finding (and plurals)
@@ -233,6 +237,11 @@ lung disease = pulmonary disease (and plurals)
 interstitial lung disease = interstitial pulmonary disease = ILD = diffuse parenchymal lung disease
 lung parenchyma = pulmonary parenchyma = parenchyma of the lung
 pulmonary fibrosis = lung fibrosis = fibrosis of the lung
+"""
+
+# %% ../nbs/06b_thesaurus.ipynb #d455c18b
+FAMILIES["scars, infections and tumors"] = """
+# MeSH entry terms of Lung Neoplasms, Cystic Fibrosis, Neoplasms and Cicatrix; the rest rephrased
 fibrosis = fibrotic change
 cystic fibrosis = mucoviscidosis
 scarring = scar formation
@@ -278,10 +287,9 @@ eventration of the hemidiaphragm = hemidiaphragmatic eventration
 hiatal hernia = hiatus hernia (and plurals)
 """
 
-# %% ../nbs/06b_thesaurus.ipynb #07fa9a92
-FAMILIES["bones and chest wall"] = """
-# MeSH entry terms of Osteophyte, Osteoarthritis, Intervertebral Disc Degeneration, Spine, Clavicle, Shoulder Joint,
-# Thoracic Wall, Rib Cage, Funnel Chest and Joint Dislocations; the rest rephrased
+# %% ../nbs/06b_thesaurus.ipynb #4cd75dc6
+FAMILIES["bones"] = """
+# MeSH entry terms of Osteophyte, Osteoarthritis, Intervertebral Disc Degeneration and Spine; the rest rephrased
 osseous = bony
 bone density = bone mineral density
 osteopenia = bone demineralization = osseous demineralization = bony demineralization
@@ -302,9 +310,14 @@ nondisplaced rib fracture = undisplaced rib fracture (and plurals)
 old fracture = remote fracture (and plurals)
 old rib fracture = remote rib fracture (and plurals)
 vertebral compression fracture = compression fracture of the vertebra
-dislocation = luxation (and plurals)
 lytic lesion = osteolytic lesion (and plurals)
 blastic lesion = osteoblastic lesion (and plurals)
+"""
+
+# %% ../nbs/06b_thesaurus.ipynb #5dee4f1e
+FAMILIES["chest wall and shoulder"] = """
+# MeSH entry terms of Clavicle, Shoulder Joint, Thoracic Wall, Rib Cage, Funnel Chest and Joint Dislocations; plain English
+dislocation = luxation (and plurals)
 clavicle = collarbone = collar bone (and plurals)
 scapula = shoulder blade
 shoulder joint = glenohumeral joint (and plurals)
@@ -363,9 +376,9 @@ dyspnea = shortness of breath = breathlessness
 fever = pyrexia
 """
 
-# %% ../nbs/06b_thesaurus.ipynb #87b4b5a4
-FAMILIES["severity and shape"] = """
-# plain English, by definition; Fleischner 2008 (reticular pattern: like a net)
+# %% ../nbs/06b_thesaurus.ipynb #e72dcbee
+FAMILIES["severity"] = """
+# plain English, by definition
 mild = slight
 mildly = slightly
 minimal = very mild = very slight
@@ -381,6 +394,11 @@ dilatation = dilation
 partially = partly
 approximately = roughly
 chronic = long-standing = longstanding
+"""
+
+# %% ../nbs/06b_thesaurus.ipynb #8e6cad78
+FAMILIES["pattern and shape"] = """
+# plain English, by definition; Fleischner 2008 (reticular pattern: like a net)
 focal = localized
 diffuse = widespread
 scattered = dispersed
@@ -399,7 +417,7 @@ reticular = net-like
 cavitary = cavitating
 """
 
-# %% ../nbs/06b_thesaurus.ipynb #d93238fe
+# %% ../nbs/06b_thesaurus.ipynb #b5d24280
 FAMILIES["certainty"] = """
 # plain English: equally strong
 likely = probably = probable
@@ -420,6 +438,7 @@ appears = seems
 appear = seem
 """
 
+# %% ../nbs/06b_thesaurus.ipynb #fa602927
 FAMILIES["change over time"] = """
 # plain English: the same direction and the same amount of change
 stable = unchanged

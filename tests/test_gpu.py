@@ -2,11 +2,13 @@
 import pytest
 import torch
 
+from cxrvlm.cxrbert import ReportSections, TextAdaptationObjective, build_head, text_metrics
 from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.images import augmentation
-from cxrvlm.initialisation import build_model
+from cxrvlm.initialisation import build_model, load_masked_lm
 from cxrvlm.retrieval import retrieval_metrics
-from cxrvlm.settings import load_arm, load_settings, replace
+from cxrvlm.settings import in_stage, load_arm, load_settings, replace
+from cxrvlm.simclr import ImageViews, build_objective
 from cxrvlm.training import start_device, train
 from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs, embed_pairs
 
@@ -32,3 +34,26 @@ def test_a_run_in_bf16_learns_and_can_be_evaluated(tmp_path):
     assert progress.history[-1]["train"] < progress.history[0]["train"]
     images, texts = embed_pairs(objective.model, pairs, store, settings.max_tokens)
     assert images.dtype == torch.float32 and images.isfinite().all() and texts.isfinite().all()
+
+
+def test_stage_1_learns_in_bf16(tmp_path):
+    settings = load_settings("smoke")
+    studies, _ = load_studies(settings)
+    store, tokenizer = open_store(settings, studies, tmp_path), make_tokenizer(settings, studies)
+    training = studies[studies.split == "train"]
+    image = in_stage(replace(settings, simclr_batch_size=16, simclr_train_iterations=20, simclr_max_iterations=100), "simclr")
+    text = in_stage(replace(settings, cxrbert_batch_size=16, cxrbert_train_iterations=20, cxrbert_max_iterations=100), "cxrbert")
+    masked_lm, _ = load_masked_lm(text, "random", tokenizer, seed=0)
+    parts = {
+        "image": (image, build_objective(image, seed=0), ImageViews(training, store, augmentation(image, "simclr"))),
+        "text": (
+            text,
+            TextAdaptationObjective(masked_lm, build_head(text.text_hidden, text.cxrbert_head, seed=0), text),
+            ReportSections(training, tokenizer, text),
+        ),
+    }
+    for name, (stage, objective, views) in parts.items():
+        progress = train(objective, views, views, stage, 0, tmp_path / name)
+        assert progress.history[-1]["train"] < progress.history[0]["train"], name
+    metrics = text_metrics(masked_lm, tokenizer, training, text)
+    assert metrics["mlm_loss"] < 6 and all(value == value for value in metrics.values())

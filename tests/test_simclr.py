@@ -60,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(home / "tiny.png")
     Image.fromarray(np.zeros((30, 30), np.uint8)).save(home / "unlisted.png")
     rows = [(name, i // 2, "Bright" if i // 2 % 2 else "Dull") for i, name in enumerate(names)]
-    rows += [("torn.png", 90, "Bright"), ("empty.jpg", 91, "Bright|Rare"), ("tiny.png", 92, ""), ("gone.png", 93, "Bright")]
+    rows += [("torn.png", 90, "Bright"), ("empty.jpg", 91, "Bright|Rare"), ("tiny.png", 92, ""), ("gone.png", 93, "Dull")]
     labels = pd.DataFrame(rows, columns=["image", "patient", "labels"])
     labels.to_csv(home / "labels.csv", index=False)
     return home
@@ -208,7 +208,8 @@ def test_a_copy_of_a_held_out_image_is_not_trained_on(tmp_path):
 
 
 def test_odd_names_in_a_folder(tmp_path):
-    for name in ("ä b.png", "x.PNG", ".hidden.png", ".git/a.png", "sub/.DS_Store", "report.txt", "png", "a.png.txt", "deep/er/1.webp"):
+    hidden = [".hidden.png", ".git/a.png", "sub/.DS_Store"]
+    for name in ("ä b.png", "x.PNG", "report.txt", "png", "a.png.txt", "deep/er/1.webp", *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
@@ -253,7 +254,8 @@ def test_a_label_that_all_or_none_have_gets_a_reason(value, word):
     x = np.random.default_rng(0).normal(size=(60, 3))
     labels = pd.DataFrame({"odd": np.full(60, value), "fair": (x[:, 0] > 0).astype(float)})
     probe = linear_probe(x, labels, np.arange(60)).set_index("label")
-    assert probe.note.odd == f"patients {word} it: 0, needed: 5" and np.isnan([probe.auroc.odd, probe.balanced_accuracy.odd]).all()
+    assert probe.note.odd == f"patients {word} it: 0, needed: 5"
+    assert np.isnan([probe.auroc.odd, probe.balanced_accuracy.odd]).all()
     assert probe.balanced_accuracy.fair > 0.9 and probe.note.fair == ""
 
 
