@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cxrvlm.encoders import Embedding
-from cxrvlm.local import attend_block_backward, word_attention, word_fits
+from cxrvlm.local import attend_backward, word_attention, word_fits
 from cxrvlm.losses import (
     contrastive_loss,
     contrastive_terms,
@@ -206,7 +206,7 @@ def test_on_a_gpu_bfloat16_is_multiplied_as_such_and_summed_in_float32():
         regions, queries = (torch.empty(*shape, 8, dtype=torch.bfloat16, device="cuda") for shape in ((3, 4), (30,)))
         fits = word_fits(regions, queries, size=50)
         d_regions = torch.empty_like(regions)
-        d_queries = attend_block_backward(regions, queries, fits, fits, [], d_regions)
+        d_queries = attend_backward(regions, queries, 2, fits, fits, {}, d_regions)
     assert (fits.dtype, fits.shape) == (torch.float32, (3, 30))
     assert (d_queries.dtype, d_queries.shape) == (torch.float32, (30, 8))
 
