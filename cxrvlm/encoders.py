@@ -6,7 +6,8 @@
 __all__ = ['RESNETS', 'CLIP_DIM', 'Embedding', 'build_backbone', 'TimmFeatures', 'ImageEncoder', 'TextEncoder',
            'ClipImageEncoder', 'ClipTextEncoder', 'build_clip', 'DualEncoder']
 
-# %% ../nbs/08_encoders.ipynb #73ae7014
+# %% ../nbs/08_encoders.ipynb #a6de8bf4
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class TimmFeatures(nn.Module):
     def forward(self, images):
         return self.model(images)[-1]
 
-# %% ../nbs/08_encoders.ipynb #6bce7dd4
+# %% ../nbs/08_encoders.ipynb #8c287476
 class ImageEncoder(nn.Module):
     "Radiographs -> regions and a pooled vector."
 
@@ -80,12 +81,17 @@ class ImageEncoder(nn.Module):
         standard = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.backbone(standard).flatten(2).mT
 
-    def forward(self, images: torch.Tensor) -> Embedding:
-        regions = self.features(images)
+    def project(
+        self,
+        regions: torch.Tensor,  # from `features`
+    ) -> Embedding:
         mask = torch.ones(regions.shape[:2], dtype=torch.bool, device=regions.device)
         return Embedding(self.to_pooled(regions.mean(1)), self.to_local(regions), mask)
 
-# %% ../nbs/08_encoders.ipynb #62d31a49
+    def forward(self, images: torch.Tensor) -> Embedding:
+        return self.project(self.features(images))
+
+# %% ../nbs/08_encoders.ipynb #c912fe13
 class TextEncoder(nn.Module):
     "Reports -> words and a pooled vector."
 
@@ -96,16 +102,24 @@ class TextEncoder(nn.Module):
         self.to_local = nn.Linear(config.hidden_size, embed_dim)
         self.register_buffer("special_ids", torch.tensor(special_ids), persistent=False)
 
-    def forward(
+    def features(
         self,
         tokens: BatchEncoding | dict[str, torch.Tensor],  # input_ids and attention_mask, each [B, W]
+    ) -> torch.Tensor:  # [B, W, C] BERT's last hidden states, before projection
+        return self.bert(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+
+    def project(
+        self,
+        hidden: torch.Tensor,  # from `features`
+        tokens: BatchEncoding | dict[str, torch.Tensor],  # the same
     ) -> Embedding:
-        ids, attended = tokens["input_ids"], tokens["attention_mask"]
-        hidden = self.bert(input_ids=ids, attention_mask=attended).last_hidden_state
-        mask = attended.bool() & ~torch.isin(ids, self.special_ids)
+        mask = tokens["attention_mask"].bool() & ~torch.isin(tokens["input_ids"], self.special_ids)
         return Embedding(self.to_pooled(hidden[:, 0]), self.to_local(hidden), mask)
 
-# %% ../nbs/08_encoders.ipynb #91050a03
+    def forward(self, tokens: BatchEncoding | dict[str, torch.Tensor]) -> Embedding:
+        return self.project(self.features(tokens), tokens)
+
+# %% ../nbs/08_encoders.ipynb #4f2abed2
 CLIP_DIM = open_clip.get_model_config("RN50")["embed_dim"]  # 1,024
 
 class ClipImageEncoder(ImageEncoder):
@@ -119,36 +133,33 @@ class ClipImageEncoder(ImageEncoder):
         for name, value in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
 
-    def forward(self, images: torch.Tensor) -> Embedding:
-        regions = self.features(images)
-        pool, side = self.attnpool, images.shape[-1] // 32
+    def project(self, regions: torch.Tensor) -> Embedding:
+        pool, side = self.attnpool, math.isqrt(regions.shape[1])
         if regions.shape[1] + 1 != len(pool.positional_embedding):
-            raise ValueError(f"this CLIP model was made for other images than {images.shape[-1]} x {images.shape[-1]} px")
+            raise ValueError(f"this CLIP model was made for other images than {32 * side} x {32 * side} px")
         mask = torch.ones(regions.shape[:2], dtype=torch.bool, device=regions.device)
         return Embedding(pool(regions.mT.unflatten(2, (side, side))), pool.c_proj(pool.v_proj(regions)), mask)
 
-# %% ../nbs/08_encoders.ipynb #153bd984
-class ClipTextEncoder(nn.Module):
+# %% ../nbs/08_encoders.ipynb #210dbc3c
+class ClipTextEncoder(TextEncoder):
     "CLIP's text transformer."
 
     def __init__(self, clip: open_clip.CLIP, special_ids: list[int]):
-        super().__init__()
+        nn.Module.__init__(self)
         self.token_embedding, self.transformer, self.ln_final = clip.token_embedding, clip.transformer, clip.ln_final
         self.positional_embedding, self.text_projection = clip.positional_embedding, clip.text_projection
         self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
         self.register_buffer("special_ids", torch.tensor(special_ids), persistent=False)
 
-    def forward(
-        self,
-        tokens: BatchEncoding | dict[str, torch.Tensor],  # input_ids and attention_mask, each [B, W], W at most 77
-    ) -> Embedding:
-        ids, attended = tokens["input_ids"], tokens["attention_mask"]
-        width = ids.shape[1]
-        hidden = self.token_embedding(ids) + self.positional_embedding[:width]
-        hidden = self.ln_final(self.transformer(hidden, attn_mask=self.attn_mask[:width, :width])) @ self.text_projection
-        end = attended.sum(1) - 1
-        mask = attended.bool() & ~torch.isin(ids, self.special_ids)
-        return Embedding(hidden[torch.arange(len(ids), device=ids.device), end], hidden, mask)
+    def features(self, tokens: BatchEncoding | dict[str, torch.Tensor]) -> torch.Tensor:
+        width = tokens["input_ids"].shape[1]  # 77 at most
+        hidden = self.token_embedding(tokens["input_ids"]) + self.positional_embedding[:width]
+        return self.ln_final(self.transformer(hidden, attn_mask=self.attn_mask[:width, :width]))
+
+    def project(self, hidden: torch.Tensor, tokens: BatchEncoding | dict[str, torch.Tensor]) -> Embedding:
+        words, attended = hidden @ self.text_projection, tokens["attention_mask"]
+        mask = attended.bool() & ~torch.isin(tokens["input_ids"], self.special_ids)
+        return Embedding(words[torch.arange(len(words), device=words.device), attended.sum(1) - 1], words, mask)
 
 # %% ../nbs/08_encoders.ipynb #22a55bfa
 def build_clip(

