@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'unit', 'word_attention', 'product', 'logits', 'attend_forward', 'attend_backward', 'each_share', 'Attend',
-           'word_fits', 'check_local', 'local_similarity']
+           'word_fits', 'report_similarity', 'check_local', 'local_similarity']
 
 # %% ../nbs/08b_local.ipynb #82b20d8a
 import math
@@ -159,6 +159,19 @@ def word_fits(
     trained = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
     return tau2 * Attend.apply(regions, queries, size, keep if trained else 0)
 
+# %% ../nbs/08b_local.ipynb #ab8601ad
+def report_similarity(
+    fits: torch.Tensor,  # c . t [B, T], the words of all reports, report after report
+    mask: torch.Tensor,  # [C, W] bool, True at the T places of these words
+    tau3: float = 0.2,  # temperature of the soft maximum over words
+    length_norm: bool = False,  # subtract tau3 log W_j, W_j the words of report j
+) -> torch.Tensor:  # Z [B, C]
+    "The soft maximum over the words of each report (equation 3)."
+    padded = fits.new_full((len(fits), *mask.shape), -torch.inf)
+    padded[:, mask] = fits
+    Z = tau3 * (padded / tau3).logsumexp(2)
+    return Z - tau3 * mask.sum(1).to(Z.dtype).log() if length_norm else Z
+
 # %% ../nbs/08b_local.ipynb #529bbdf6
 def check_local(
     regions: torch.Tensor,
@@ -177,7 +190,7 @@ def check_local(
     if empty:
         raise ValueError(f"reports {empty} of the batch (counted from 0) have no word in word_mask; leave out reports without text")
 
-# %% ../nbs/08b_local.ipynb #f71b510c
+# %% ../nbs/08b_local.ipynb #612feaf1
 def local_similarity(
     regions: torch.Tensor,  # v [B, M, E], any length
     words: torch.Tensor,  # t [C, W, E], any length
@@ -190,8 +203,4 @@ def local_similarity(
     check_local(regions, words, word_mask)
     mask = word_mask.bool()
     with torch.autocast(regions.device.type, enabled=False):
-        fits = word_fits(regions, words[mask], tau2)
-        padded = fits.new_full((len(regions), *mask.shape), -torch.inf)
-        padded[:, mask] = fits
-        Z = tau3 * (padded / tau3).logsumexp(2)
-        return Z - tau3 * mask.sum(1).to(Z.dtype).log() if length_norm else Z
+        return report_similarity(word_fits(regions, words[mask], tau2), mask, tau3, length_norm)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRID', 'BLOCK', 'BLOCK_MAX', 'DIRECTIONS', 'named_rows', 'unit_grid', 'cosine_scores', 'sorted_scores', 'map_blocks',
-           'pair_auroc', 'group_ids', 'check_pairs', 'retrieval_auroc', 'ranks', 'hits', 'recall_at_k', 'middle_rank',
-           'median_rank', 'nearest', 'retrieved_examples', 'retrieval_metrics']
+           'pair_auroc', 'group_ids', 'check_pairs', 'retrieval_auroc', 'score_ranks', 'ranks', 'hits', 'recall_at_k',
+           'middle_rank', 'median_rank', 'nearest', 'example_table', 'retrieved_examples', 'score_metrics',
+           'retrieval_metrics']
 
-# %% ../nbs/15_retrieval.ipynb #719bef83
+# %% ../nbs/15_retrieval.ipynb #32f03dde
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,7 +72,7 @@ def map_blocks(
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         return list(pool.map(lambda a: work(a, min(a + rows, n)), range(0, n, rows)))
 
-# %% ../nbs/15_retrieval.ipynb #955d4283
+# %% ../nbs/15_retrieval.ipynb #b67ea978
 BLOCK_MAX = 2**26  # similarities in a block at most, where there are millions of positives
 
 def pair_auroc(
@@ -81,6 +82,7 @@ def pair_auroc(
 ) -> float:  # between 0 and 1
     "The exact area under the ROC curve over all N x N pairs; ties count one half."
     n = len(groups)
+    groups = groups.to(scores(0, 1).device)
 
     def positives(a, b):
         similarity = scores(a, b)
@@ -126,7 +128,7 @@ def check_pairs(
         raise ValueError(f"retrieval needs at least 2 image-report pairs, not {len(image_emb)}")
     return len(image_emb)
 
-# %% ../nbs/15_retrieval.ipynb #9512d7da
+# %% ../nbs/15_retrieval.ipynb #ccd179c1
 def retrieval_auroc(
     image_emb: torch.Tensor | np.ndarray,  # [N, E], any length
     text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
@@ -134,23 +136,15 @@ def retrieval_auroc(
 ) -> float:  # 1 perfect, 0.5 chance
     "Area under the ROC curve of telling positive from negative image-report pairs by cosine similarity, exact."
     n = check_pairs(image_emb, text_emb)
-    scores = cosine_scores(image_emb, text_emb)
     ids = torch.arange(n) if groups is None else group_ids(groups, n)
-    return pair_auroc(scores, ids.to(scores(0, 1).device))
+    return pair_auroc(cosine_scores(image_emb, text_emb), ids)
 
-# %% ../nbs/15_retrieval.ipynb #a573e972
-DIRECTIONS = ("text_to_image", "image_to_text")
-
-def ranks(
-    image_emb: torch.Tensor | np.ndarray,  # [N, E]
-    text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
-    direction: str = "text_to_image",  # the query is the text, as in the paper; or "image_to_text"
+# %% ../nbs/15_retrieval.ipynb #e1f012a2
+def score_ranks(
+    scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N], of queries a to b; partners on the diagonal
+    n: int,  # N, of queries and of candidates
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [N] best and [N] worst rank of the own partner, from 1; equal without ties
     "Where each query's own partner stands among all N candidates."
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction {direction!r}: expected one of {', '.join(DIRECTIONS)}")
-    n = check_pairs(image_emb, text_emb)
-    scores = cosine_scores(*((text_emb, image_emb) if direction == "text_to_image" else (image_emb, text_emb)))
 
     def block_ranks(a, b):
         block = scores(a, b)
@@ -159,6 +153,21 @@ def ranks(
 
     best, worst = torch.cat(map_blocks(block_ranks, n, max(1, BLOCK // n)), dim=1).cpu()
     return best, worst
+
+# %% ../nbs/15_retrieval.ipynb #b1f96079
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+def ranks(
+    image_emb: torch.Tensor | np.ndarray,  # [N, E]
+    text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
+    direction: str = "text_to_image",  # the query is the text, as in the paper; or "image_to_text"
+) -> tuple[torch.Tensor, torch.Tensor]:  # [N] best and [N] worst rank of the own partner, from 1; equal without ties
+    "Where each query's own partner stands among all N candidates, by cosine similarity."
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction {direction!r}: expected one of {', '.join(DIRECTIONS)}")
+    n = check_pairs(image_emb, text_emb)
+    queries, candidates = (text_emb, image_emb) if direction == "text_to_image" else (image_emb, text_emb)
+    return score_ranks(cosine_scores(queries, candidates), n)
 
 # %% ../nbs/15_retrieval.ipynb #6003db78
 def hits(
@@ -211,7 +220,20 @@ def nearest(
         dim=1, descending=True, stable=True)
     return similarity[:, :k], order[:, :k]
 
-# %% ../nbs/15_retrieval.ipynb #e987dafb
+# %% ../nbs/15_retrieval.ipynb #1a9af6bb
+def example_table(
+    similarity: torch.Tensor,  # [Q, N], of each query with all images, descending
+    order: torch.Tensor,  # [Q, N], the images' rows in this order
+    queries: Sequence[int],  # Q rows of reports
+    k: int,  # how many of the most similar images
+) -> pd.DataFrame:  # query, shown ("top" | "own" | "least"), image, rank, similarity; k + 2 rows for each query
+    "The k most similar images of each query, its own image, and the least similar one."
+    rows = []
+    for q, s, o in zip(queries, similarity.tolist(), order.tolist(), strict=True):
+        places = [("top", p) for p in range(min(k, len(o)))] + [("own", o.index(q)), ("least", len(o) - 1)]
+        rows += [(q, shown, o[p], p + 1, s[p]) for shown, p in places]
+    return pd.DataFrame(rows, columns=["query", "shown", "image", "rank", "similarity"])
+
 def retrieved_examples(
     image_emb: torch.Tensor | np.ndarray,  # [N, E]
     text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
@@ -221,27 +243,32 @@ def retrieved_examples(
     "For each report the k most similar images, its own image, and the least similar one."
     check_pairs(image_emb, text_emb)
     queries = [int(q) for q in queries]
-    similarity, order = nearest(text_emb[queries], image_emb)
-    rows = []
-    for q, s, o in zip(queries, similarity.tolist(), order.tolist(), strict=True):
-        places = [("top", p) for p in range(min(k, len(o)))] + [("own", o.index(q)), ("least", len(o) - 1)]
-        rows += [(q, shown, o[p], p + 1, s[p]) for shown, p in places]
-    return pd.DataFrame(rows, columns=["query", "shown", "image", "rank", "similarity"])
+    return example_table(*nearest(text_emb[queries], image_emb), queries, k)
 
-# %% ../nbs/15_retrieval.ipynb #6ba76818
+# %% ../nbs/15_retrieval.ipynb #0870c184
+def score_metrics(
+    by_text: Callable[[int, int], torch.Tensor],  # by_text(a, b) is [b - a, N]: of reports a to b with all images
+    by_image: Callable[[int, int], torch.Tensor],  # the same of images a to b with all reports
+    n: int,  # number of pairs
+    texts: Sequence[str],  # N impressions
+    ks: Sequence[int],  # for recall
+) -> dict[str, float]:  # as `retrieval_metrics`
+    "Every retrieval metric of a similarity that comes by blocks."
+    metrics, groups = {"n": n, "auroc": pair_auroc(by_image, torch.arange(n))}, group_ids(texts, n)
+    if groups.unique().numel() > 1:  # else there is no negative pair
+        metrics["auroc_dedup"] = pair_auroc(by_image, groups)
+    for short, scores in (("t2i", by_text), ("i2t", by_image)):
+        best, worst = score_ranks(scores, n)
+        metrics |= {f"{short}_recall@{k}": float(hits(best, worst, k).mean()) for k in ks}
+        metrics[f"{short}_median_rank"] = middle_rank(best, worst)
+    return metrics
+
 def retrieval_metrics(
     image_emb: torch.Tensor | np.ndarray,  # [N, E]
     text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
     texts: Sequence[str],  # N impressions; pairs with the same one are positives of `auroc_dedup`
     ks: Sequence[int] = (1, 5, 10),  # for recall
 ) -> dict[str, float]:  # n, auroc, auroc_dedup (left out if all texts are equal), t2i_ and i2t_ recall@k and median_rank
-    "Every retrieval metric of one model on one split."
+    "Every retrieval metric of one model on one split, by cosine similarity."
     n = check_pairs(image_emb, text_emb)
-    metrics = {"n": n, "auroc": retrieval_auroc(image_emb, text_emb)}
-    if group_ids(texts, n).unique().numel() > 1:  # else there is no negative pair
-        metrics["auroc_dedup"] = retrieval_auroc(image_emb, text_emb, texts)
-    for short, direction in zip(("t2i", "i2t"), DIRECTIONS, strict=True):
-        best, worst = ranks(image_emb, text_emb, direction)
-        metrics |= {f"{short}_recall@{k}": float(hits(best, worst, k).mean()) for k in ks}
-        metrics[f"{short}_median_rank"] = middle_rank(best, worst)
-    return metrics
+    return score_metrics(cosine_scores(text_emb, image_emb), cosine_scores(image_emb, text_emb), n, texts, ks)

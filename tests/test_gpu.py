@@ -4,11 +4,13 @@ import torch
 
 from cxrvlm.cxrbert import ReportSections, TextAdaptationObjective, build_head, text_metrics
 from cxrvlm.data import load_studies, make_tokenizer, open_store
+from cxrvlm.declip import build_objective, training_set
 from cxrvlm.images import augmentation
 from cxrvlm.initialisation import build_model, load_masked_lm
 from cxrvlm.retrieval import retrieval_metrics
 from cxrvlm.settings import in_stage, load_arm, load_settings, replace
-from cxrvlm.simclr import ImageViews, build_objective
+from cxrvlm.simclr import ImageViews
+from cxrvlm.simclr import build_objective as build_simclr
 from cxrvlm.training import start_device, train
 from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs, embed_pairs
 
@@ -36,6 +38,23 @@ def test_a_run_in_bf16_learns_and_can_be_evaluated(tmp_path):
         assert embedding.pooled.dtype == torch.float32 and embedding.pooled.isfinite().all()
 
 
+def test_declip_learns_in_bf16_and_resumes(tmp_path):
+    settings = replace(load_settings("smoke"), batch_size=6, train_iterations=50, max_iterations=200, patience=4, declip_queue=30)
+    arm = load_arm("ours").model_copy(update={"image_init": "generic", "text_init": "generic"})
+    studies, _ = load_studies(settings)
+    store, tokenizer = open_store(settings, studies, tmp_path), make_tokenizer(settings, studies)
+    pairs = studies[studies.split == "train"]
+    valid = ImageTextPairs(pairs, store, tokenizer, settings.max_tokens)
+    for stop in (100, 200):  # the second goes on from the first one's checkpoint
+        objective = build_objective(settings, arm, tokenizer, 0, len(pairs))
+        pairs_set = training_set(pairs, store, tokenizer, settings, arm)
+        progress = train(objective, pairs_set, valid, replace(settings, max_iterations=stop), 0, tmp_path / "run")
+    assert objective.queue.full and objective.queue.keys.is_cuda and objective.queue.words[0].is_cuda
+    assert len(objective.neighbour_table()) > 0
+    first, last = progress.history[0], progress.history[-1]
+    assert last["step"] == 200 and last["valid"] < first["valid"] and last["train_nn_gloria"] > 0
+
+
 def test_stage_1_learns_in_bf16(tmp_path):
     settings = load_settings("smoke")
     studies, _ = load_studies(settings)
@@ -45,7 +64,7 @@ def test_stage_1_learns_in_bf16(tmp_path):
     text = in_stage(replace(settings, cxrbert_batch_size=16, cxrbert_train_iterations=20, cxrbert_max_iterations=100), "cxrbert")
     masked_lm, _ = load_masked_lm(text, "random", tokenizer, seed=0)
     parts = {
-        "image": (image, build_objective(image, seed=0), ImageViews(training, store, augmentation(image, "simclr"))),
+        "image": (image, build_simclr(image, seed=0), ImageViews(training, store, augmentation(image, "simclr"))),
         "text": (
             text,
             TextAdaptationObjective(masked_lm, build_head(text.text_hidden, text.cxrbert_head, seed=0), text),
