@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-RUN, SHOWN = "smoke/baseline/1/0", "smoke/adapted/1/0"
+RUN, SHOWN = "smoke/baseline/1/0", "smoke/ours/1/0"
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -58,11 +58,21 @@ def test_the_graph_leaves_what_the_design_names(runs):
     result = json.loads((runs / RUN / "result.json").read_text())
     assert {"metrics", "counts", "data", "digest", "provenance", "settings", "seconds"} <= result.keys()
     assert 0 < result["metrics"]["auroc"] < 1
-    assert len(list(runs.rglob("result.json"))) == 4
-    for figure in ("retrieval_curve", "figure_3"):
+    assert len(list(runs.rglob("result.json"))) == 6
+    for figure in ("retrieval_curve", "figure_3", "figure_4", "ablation", "figure_6"):
         assert (runs / f"smoke/figures/{figure}.svg").stat().st_size > 1000
     text = (runs / "smoke/figures/retrieval_curve.txt").read_text()
-    assert "baseline" in text and "adapted" in text
+    assert all(word in text for word in ("baseline", "adapted", "ours", "global", "local"))
+
+
+def test_an_arm_has_the_metrics_of_what_it_trains_and_leaves_its_neighbours(runs):
+    metrics = {arm: json.loads((runs / f"smoke/{arm}/1/0/result.json").read_text())["metrics"] for arm in ("baseline", "ours")}
+    assert "local_auroc" not in metrics["baseline"] and {"auroc", "local_auroc", "local_t2i_recall@10"} <= metrics["ours"].keys()
+    table = pd.read_csv(runs / SHOWN / "neighbours.csv", dtype={"study_id": str, "neighbour": str})
+    assert len(table) and set(table) == {"study_id", "neighbour", "similarity"} and (table.study_id != table.neighbour).all()
+    assert not list((runs / "smoke/baseline").rglob("neighbours.csv"))
+    history = pd.read_csv(runs / SHOWN / "history.csv")
+    assert {f"train_{term}" for term in ("infonce", "gloria", "iss", "tss", "mvs_infonce", "mvs_gloria")} <= set(history)
 
 
 def test_evaluation_repeats_the_record(runs):
@@ -91,7 +101,7 @@ def test_arms_without_weights_are_left_out_and_named():
     assert process.returncode == 0, output
     assert "Left out: arm clip. clip is not on this machine" in output and "hf download timm/resnet50_clip.openai" in output
     counts = dict(re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE))
-    assert counts["adapt_image"] == counts["adapt_text"] == "3" and counts["run"] == str(4 * 6 * 3)
+    assert counts["adapt_image"] == counts["adapt_text"] == "3" and counts["run"] == str(11 * 6 * 3)
 
 
 def test_a_preset_none_of_whose_arms_can_be_run_says_so():
@@ -126,7 +136,7 @@ def test_a_failing_run_does_not_stop_the_others(runs, tmp_path):
     (broken / "checkpoint/state.pt").write_text("this is no checkpoint")
     code, output = snakemake(copy)
     assert code != 0 and "state.pt cannot be read" in output
-    assert len(list(copy.rglob("result.json"))) == 3 and not (broken / "result.json").exists()
+    assert len(list(copy.rglob("result.json"))) == 5 and not (broken / "result.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -237,8 +237,8 @@ def test_attention_is_what_the_similarity_uses():
 def test_memory_is_a_fraction_of_that_of_all_contexts():
     script = [sys.executable, Path(__file__).with_name("bench_local.py"), "1", *"--B 24 --W 64 --M 100 --E 512 --json".split()]
     table = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
-    assert table["local_similarity, full length"]["MiB ratio"] < 0.5
-    assert table["local_similarity, 5..W words"]["MiB ratio"] < 0.5
+    assert table["local_similarity, full length"]["MiB ratio"] < 0.6
+    assert table["local_similarity, 5..W words"]["MiB ratio"] < 0.6
 
 
 # Losses

@@ -50,7 +50,7 @@ def by_hand(images, texts, tau2=0.25, tau3=0.2, length_norm=False):
 
 
 @properties
-@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 12), st.booleans())
+@given(st.integers(0, 2**31), *[st.integers(1, most) for most in (9, 9, 5, 12)], st.booleans())
 def test_local_matrix_is_equations_2_and_3(seed, n, reports, m, block, length_norm):
     images, texts = ragged(seed, n, m, reports=reports)
     options = {"tau2": 0.1 + seed % 3 / 4, "tau3": 0.05 + seed % 2, "length_norm": length_norm}
