@@ -5,8 +5,10 @@ import torch
 from cxrvlm.cxrbert import ReportSections, TextAdaptationObjective, build_head, text_metrics
 from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.declip import build_objective, training_set
+from cxrvlm.encoders import Embedding
 from cxrvlm.images import augmentation
 from cxrvlm.initialisation import build_model, load_masked_lm
+from cxrvlm.matching import local_matrix
 from cxrvlm.retrieval import retrieval_metrics
 from cxrvlm.settings import in_stage, load_arm, load_settings, replace
 from cxrvlm.simclr import ImageViews
@@ -22,6 +24,14 @@ def test_metrics_on_the_gpu_are_those_of_the_cpu():
     images, texts = (torch.randn(500, 64, generator=generator) for _ in range(2))
     labels = [f"report {i % 100}" for i in range(500)]
     assert retrieval_metrics(images.cuda(), texts.cuda(), labels) == retrieval_metrics(images, texts, labels)
+
+
+def test_local_matching_on_the_gpu_is_that_of_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    regions, words = (torch.randn(200, n, 64, generator=generator) for n in (16, 12))
+    mask = torch.arange(12) < torch.randint(1, 13, (200, 1), generator=generator)
+    pairs = Embedding(regions.mean(1), regions, torch.ones(200, 16, dtype=torch.bool)), Embedding(words.mean(1), words, mask)
+    torch.testing.assert_close(local_matrix(*pairs, device="cuda"), local_matrix(*pairs), rtol=0, atol=1e-4)
 
 
 def test_a_run_in_bf16_learns_and_can_be_evaluated(tmp_path):
