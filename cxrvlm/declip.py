@@ -153,7 +153,7 @@ def nearest(
     mask = torch.arange(words.shape[1], device=words.device) < lengths[:, None]
     return Embedding(self.keys[places], words, mask)
 
-# %% ../nbs/14_declip.ipynb #a0d8f48b
+# %% ../nbs/14_declip.ipynb #e67c59cc
 @patch
 def get_extra_state(self: ReportQueue) -> dict:
     lengths = torch.tensor([len(words) for words in self.words])
@@ -164,7 +164,8 @@ def get_extra_state(self: ReportQueue) -> dict:
 def set_extra_state(self: ReportQueue, state: dict) -> None:
     self.names, self.next = list(state["names"]), state["next"]
     self.words = list(state["words"].to(self.keys).split(state["lengths"].tolist()))
-    self.neighbours = {name: tuple(found) for name, found in state["neighbours"].items()}
+    # at the end of training the weights go back to their best validation; the neighbours found since then stay
+    self.neighbours = {name: tuple(found) for name, found in state["neighbours"].items()} | self.neighbours
 
 # %% ../nbs/14_declip.ipynb #ef0757d8
 class DeCLIPObjective(ContrastiveObjective):
@@ -272,12 +273,12 @@ def build_objective(
     word_head = start_text(settings, arm, tokenizer, seed, stage1).cls if arm.alpha else None
     return DeCLIPObjective(model, settings, arm, pairs, word_head, seed)
 
-# %% ../nbs/14_declip.ipynb #273dd027
+# %% ../nbs/14_declip.ipynb #4a79433b
 @patch
 def neighbour_table(
     self: DeCLIPObjective,
 ) -> pd.DataFrame:  # study_id, neighbour (a study too) and similarity, most similar first
-    "The neighbours that training last used, up to the weights it ended with."
+    "The neighbours that training last used."
     rows = [(name, *found) for name, found in self.queue.neighbours.items()]
     table = pd.DataFrame(rows, columns=["study_id", "neighbour", "similarity"])
     return table.sort_values(["similarity", "study_id"], ascending=[False, True], ignore_index=True)
