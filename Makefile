@@ -22,7 +22,7 @@ install: .venv/installed ## create .venv with everything the project needs
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install ## train on Open-i's reports with phantoms, and draw the curve: 10 minutes on 2 cores
+demo: install ## train on Open-i's reports with phantoms, and draw the curve: 8 minutes on 2 cores
 	@$(MAKE) --no-print-directory run PRESET=demo
 
 run: install ## train all runs of PRESET and draw its figures: make run PRESET=openi

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['second_view', 'DeCLIPPairs', 'training_set', 'ReportQueue', 'name_ids', 'DeCLIPObjective', 'build_objective']
 
-# %% ../nbs/14_declip.ipynb #f9275269
+# %% ../nbs/14_declip.ipynb #0503612f
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from .images import ImageStore, augment, augmentation
 from .initialisation import build_model, start_text
 from .local import unit
 from .losses import contrastive_terms, nt_xent
-from .settings import Arm, Settings
+from .settings import Arm, Settings, SettingsError
 from .simclr import ProjectionHead
 from .studies import seed_from
 from .text import tokenize
@@ -167,7 +167,7 @@ def set_extra_state(self: ReportQueue, state: dict) -> None:
     # at the end of training the weights go back to their best validation; the neighbours found since then stay
     self.neighbours = {name: tuple(found) for name, found in state["neighbours"].items()} | self.neighbours
 
-# %% ../nbs/14_declip.ipynb #ef0757d8
+# %% ../nbs/14_declip.ipynb #4cf8380a
 class DeCLIPObjective(ContrastiveObjective):
     "CLIP-style training with extra supervision (equation 5)."
 
@@ -189,6 +189,10 @@ class DeCLIPObjective(ContrastiveObjective):
             self.word_head = word_head
             self.word_head.predictions.decoder.weight = model.text_encoder.bert.embeddings.word_embeddings.weight
         if arm.gamma:
+            if settings.declip_queue < settings.batch_size:
+                queue, batch = settings.declip_queue, settings.batch_size
+                fault = f"declip_queue = {queue} must hold a batch of {batch} at least: change one of them in settings.ini"
+                raise SettingsError(fault)
             self.queue = ReportQueue(min(settings.declip_queue, pairs), settings.embed_dim)
 
 # %% ../nbs/14_declip.ipynb #21a13577

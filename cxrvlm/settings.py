@@ -166,7 +166,7 @@ class DeCLIPSettings(Checked):
     declip_head: Natural  # output dimensions of the head that compares them
     declip_queue: Natural  # reports among which the nearest neighbour is looked for
 
-# %% ../nbs/00_settings.ipynb #c4c2e2be
+# %% ../nbs/00_settings.ipynb #42aab3a3
 class Settings(
     DataSettings, EncoderSettings, TrainingSettings, SweepSettings, VLMAugmentations, SimCLRAugmentations,
     Stage1Settings, Stage1Training, LocalSettings, DeCLIPSettings,
@@ -182,8 +182,6 @@ class Settings(
             raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
         if (self.source == "mimic") == (self.split == "patient"):
             raise ValueError(f"split = {self.split}: folder or official for source = mimic, patient for every other")
-        if self.declip_queue < self.batch_size:
-            raise ValueError(f"declip_queue = {self.declip_queue}: must hold a batch of {self.batch_size} at least")
         if list(self.fractions) != sorted(set(self.fractions)):
             raise ValueError(f"fractions = {self.fractions}: must rise")
         return self

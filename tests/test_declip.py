@@ -197,9 +197,9 @@ def test_second_views_depend_on_seed_step_and_study_alone(data):
     assert len({whole[step, 6]["reworded"] for step in range(12)}) > 1
 
 
-def test_settings_and_arms_that_cannot_be(tmp_path):
-    with pytest.raises(SettingsError, match="declip_queue = 3: must hold a batch of 4 at least"):
-        replace(SETTINGS, declip_queue=3)
+def test_settings_and_arms_that_cannot_be(tmp_path, data):
+    with pytest.raises(SettingsError, match="declip_queue = 3 must hold a batch of 4 at least"):
+        build_objective(replace(SETTINGS, declip_queue=3), make_arm(), data[2], 0, 50)
     text = (Path(__file__).parents[1] / "settings.ini").read_text()
     for name, lines, complaint in [
         ("much", "alpha = 0.6\nbeta = 0.6", "alpha \\+ beta \\+ gamma = 1.2: they are shares of one loss"),

@@ -15,7 +15,7 @@ import cxrvlm.settings
 from cxrvlm.results import by_matching, over_seeds, paired_gains
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEPT = pd.read_csv(ROOT / "results/demo/sweep.csv")
+SWEPT = pd.read_csv(ROOT / "results/demo/runs.csv")
 
 
 def made_up(**arms: dict) -> pd.DataFrame:
@@ -92,7 +92,7 @@ def test_figure_4_knows_arms_by_what_they_do(tmp_path):
     runs = pd.concat([adapted, adapted.assign(arm="infonce"), both, words, both.assign(arm="ours")], ignore_index=True)
     values = draw("figure_4", runs, tmp_path)
     lines = ["InfoNCE (G)", "InfoNCE + local (G)", "InfoNCE + local (L)"]
-    a, b = ({label.split(", 1 seed")[0] for label in panel} for panel in labels(values["fig"]))
+    a, b = ({label.rsplit(", ", 1)[0] for label in panel} for panel in labels(values["fig"]))
     assert a == {*lines, "local (L)"}
     assert b == {*lines, "DeCLIP, InfoNCE + local (G)", "DeCLIP, InfoNCE + local (L)"}
     assert values["shown"].groupby(["arm", "fraction", "seed"]).size().max() == 1
