@@ -212,7 +212,7 @@ def gain_table(
         "seeds with a gain": [f"{g.up} of {g.seeds}" for g in gains.itertuples()],
     })
 
-# %% ../nbs/17_results.ipynb #dac22a34
+# %% ../nbs/17_results.ipynb #001fdd56
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B59F00")
 
 def arm_colours(
@@ -232,7 +232,8 @@ def plot_fractions(
     lines = {key: line for key, line in points.groupby(["arm", "matching"])}
     for arm, matching in sorted(lines, key=lambda key: list(colours).index(key[0])):  # the legend has the order of the colours
         line = lines[arm, matching]
-        name = f"{arm} ({matching[0].upper()}), {line.seeds.min()} seed{'s' if line.seeds.min() > 1 else ''}"
+        seeds = sorted({line.seeds.min(), line.seeds.max()})
+        name = f"{arm} ({matching[0].upper()}), {' to '.join(map(str, seeds))} seed{'s' if seeds[-1] > 1 else ''}"
         dashes, marker = ("-", "o") if matching == "global" else ("--", "s")
         ax.plot(line.pairs, line["mean"], color=colours[arm], ls=dashes, marker=marker, markersize=4, label=name)
         ax.fill_between(line.pairs, line["min"], line["max"], alpha=0.15, color=colours[arm], lw=0)
