@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cxrvlm.settings import SettingsError, load_arm, load_settings, preset_names, read_ini, replace
+from cxrvlm.settings import SettingsError, digest, load_arm, load_settings, preset_names, read_ini, replace, stage_digest
 
 KEYS = sorted(load_settings("paper").model_dump().keys() - {"preset"})
 
@@ -55,12 +55,17 @@ def test_an_unknown_key_is_named(tmp_path_factory, name):
         ("fractions", "0 1", "greater than 0"),
         ("fractions", "0.5 0.5", "must rise"),
         ("seeds", "-1", "greater than or equal to 0"),
-        ("source", "padchest", "'openi', 'phantom' or 'mimic'"),
+        ("source", "padchest", "'openi', 'phantom', 'mimic' or 'table'"),
         ("precision", "fp16", "'auto', 'float32' or 'bf16'"),
         ("vlm_noise_p", "1.5", "less than or equal to 1"),
         ("simclr_blur_sigma", "1 -3", "greater than 0"),
         ("pairs", "64", "0 for every other source"),
-        ("split", "folder", "patient for every other"),
+        ("split", "folder", "patient for source = openi"),
+        ("source", "table", "needs the path of its file"),
+        ("restricted", "maybe", "'auto', 'yes' or 'no'"),
+        ("prompts_positive", "remains visible", "pattern"),
+        ("prompts_positive", "", "pattern"),
+        ("bootstrap", "0", "greater than or equal to 1"),
         ("text_heads", "3", "no multiple"),
         ("image_encoder", "", "at least 1 character"),
     ],
@@ -92,3 +97,15 @@ def test_settings_survive_json():
     settings = load_settings("demo")
     assert type(settings).model_validate_json(settings.model_dump_json()) == settings
     assert replace(settings, **settings.model_dump(exclude={"preset"})) == settings
+
+
+def test_mimic_is_restricted_whatever_somebody_writes():
+    with pytest.raises(SettingsError, match="the licence of MIMIC-CXR forbids"):
+        replace(load_settings("paper"), restricted="no")
+
+
+def test_what_only_mimic_knows_makes_no_other_run_stale():
+    demo, paper, arm = load_settings("demo"), load_settings("paper"), load_arm("baseline")
+    assert digest(replace(demo, views="all"), arm) == digest(demo, arm)
+    assert digest(replace(paper, views="all"), arm) != digest(paper, arm)
+    assert stage_digest(replace(paper, views="all"), "simclr") != stage_digest(paper, "simclr")
