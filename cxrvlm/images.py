@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'FORMAT', 'CHUNK', 'MANY', 'PAPER_SIZE', 'ImageError', 'decode', 'to_gray', 'to_square', 'read_image',
-           'edition', 'content_fingerprint', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill', 'ImageStore',
-           'carry_over', 'to_float', 'affine_map', 'blur', 'augmentation', 'augment']
+           'edition', 'content_fingerprint', 'reserve', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill',
+           'ImageStore', 'carry_over', 'to_float', 'affine_map', 'blur', 'augmentation', 'augment']
 
-# %% ../nbs/06_images.ipynb #7db5109f
+# %% ../nbs/06_images.ipynb #a0e27f43
+import errno
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,7 @@ from joblib import Parallel, delayed
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from .dicom import DicomError, is_dicom, read_dicom
 from .phantom import render_reference
 from .studies import is_phantom, seed_from
 
@@ -43,7 +45,7 @@ class ImageError(ValueError):
     def __str__(self):
         return f"{self.ref}: {self.reason}"
 
-# %% ../nbs/06_images.ipynb #19a09b87
+# %% ../nbs/06_images.ipynb #305e54e8
 SMALLEST = 8  # pixels; no radiograph has a shorter side
 
 def decode(
@@ -51,20 +53,29 @@ def decode(
 ) -> Image.Image:  # in the file's own mode, turned upright
     "Decode a file; raise `ValueError` with the reason if that is impossible."
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        if is_dicom(path):
+            image = read_dicom(path)
+        else:
+            with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
+    except DicomError:
+        raise
     except FileNotFoundError:
         raise ValueError("there is no such file; check the path and the root folder") from None
     except IsADirectoryError:
         raise ValueError("this is a folder, not an image") from None
+    except PermissionError:
+        raise ValueError("there is no permission to read it; ask its owner, or copy it") from None
     except UnidentifiedImageError:
         raise ValueError(
-            "Pillow knows no such format; convert it to PNG or JPEG" if path.stat().st_size
+            "neither Pillow nor pydicom knows its format; convert it to PNG or JPEG" if path.stat().st_size
             else "the file is empty; copy it again"
         ) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; check it, and shrink it") from None
     except Exception as error:  # a decoder can raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise ValueError("it is a link that leads back to itself; make the link anew") from None
         raise ValueError(f"it cannot be decoded ({error}); copy or export it again") from None
     if min(image.size) < SMALLEST:
         raise ValueError(f"it is {image.width} x {image.height} px, too small for a radiograph; check the export")
@@ -126,7 +137,19 @@ def content_fingerprint(
     "A digest of what a store holds."
     return hashlib.sha256(json.dumps([edition(refs), size, sorted(set(refs))]).encode()).hexdigest()
 
-# %% ../nbs/06_images.ipynb #7178db7c
+# %% ../nbs/06_images.ipynb #d711ed19
+def reserve(
+    path: Path,  # a file whose length is set
+) -> None:
+    "Take the disk space that the file will need, so that nobody else can."
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
+
 def prepare(
     folder: Path,  # of this store
     count: int,  # number of images N
@@ -138,6 +161,7 @@ def prepare(
         if needed > free:
             raise ImageError(folder, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room")
         np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(count, size, size))
+        reserve(folder / "pixels.npy")
         np.save(folder / "starting.npy", np.zeros(count, bool))
         os.replace(folder / "starting.npy", folder / "done.npy")  # only now the arrays are whole
     return tuple(np.lib.format.open_memmap(folder / name, mode="r+") for name in ("pixels.npy", "done.npy"))
@@ -282,7 +306,7 @@ def carry_over(
             pixels[row] = other.pixels[other.rows[refs[row]]]
         note(pixels, done, rows)
 
-# %% ../nbs/06_images.ipynb #817b6ce8
+# %% ../nbs/06_images.ipynb #66aba1d6
 @patch(cls_method=True)
 def build(
     cls: ImageStore,
@@ -300,11 +324,16 @@ def build(
     home = Path(folder) / f"{edition(refs)}-{size}px-{content_fingerprint(refs, size)[:12]}"
     if retry or not (home / "index.json").exists():
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".lock"):
-            if retry or not (home / "index.json").exists():  # another process may have finished it meanwhile
-                pixels, done = prepare(home, len(refs), size)
-                carry_over(home, pixels, done, refs)
-                seal(home, refs, size, fill(pixels, done, refs, root, workers))
+        try:
+            with FileLock(home / ".lock"):
+                if retry or not (home / "index.json").exists():  # another process may have finished it meanwhile
+                    pixels, done = prepare(home, len(refs), size)
+                    carry_over(home, pixels, done, refs)
+                    seal(home, refs, size, fill(pixels, done, refs, root, workers))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ImageError(home, "the disk is full; make room and start again: what was decoded is kept") from None
     return cls.open(home)
 
 # %% ../nbs/06_images.ipynb #f67fc78c
