@@ -24,14 +24,15 @@ from .images import to_float
 from .phantom import findings_from_mesh, render
 from .studies import is_phantom, parse_phantom_reference
 
-# %% ../nbs/16b_grounding.ipynb #65c15624
+# %% ../nbs/16b_grounding.ipynb #5c33d770
 WORDS = {
     "effusion": "effusion*", "blunted_angle": "blunt* costophrenic", "pleural_thickening": "thickening",
     "pneumothorax": "pneumothora*", "opacity": "opaci* airspace", "consolidation": "consolidat*",
     "pneumonia": "pneumonia*", "infiltrate": "infiltrat*", "nodule": "nodul*", "mass": "mass masses masslike",
     "granuloma": "granuloma*", "calcified_granuloma": "granuloma* calcif*", "cavity": "cavit*",
     "bulla": "bulla bullae bullous", "atelectasis": "atelecta*", "scar": "scar*", "edema": "edema",
-    "congestion": "congestion congested", "interstitial": "interstitial", "fibrosis": "fibro*", "emphysema": "emphysem*",
+    "congestion": "congestion congested", "interstitial": "interstitial", "fibrosis": "fibro*",
+    "emphysema": "emphysem*",
     "hyperinflation": "hyperinflat* hyperexpan* copd", "hypoinflation": "hypoinflat* hypoventilat* volumes",
     "cardiomegaly": "cardiomegaly", "tortuous_aorta": "tortuo* ectasia ectatic", "calcified_aorta": "atherosclero*",
     "enlarged_hilum": "hilar hilum hila", "hiatal_hernia": "hernia*", "elevated_diaphragm": "hemidiaphragm* elevat*",
@@ -169,14 +170,14 @@ def find_looks(
         raise ValueError("the attention of some words is NaN or infinite. Has the training diverged?")
     return looks
 
-# %% ../nbs/16b_grounding.ipynb #c3f4537f
+# %% ../nbs/16b_grounding.ipynb #95778ec9
 METRICS = ("pointing", "overlap", "iou")
 
 def ground(
     looks: list[Look],  # from `find_looks`
     tolerance: float = 0,  # of pointing, pixels
     others: int = 20,  # maps of other studies per finding
-) -> pd.DataFrame:  # study_id, finding; each of METRICS alone, and with _chance (an even map), _other, _oracle
+) -> pd.DataFrame:  # study_id, finding; each of METRICS, and its _other, _chance (an even map), _oracle, _gain (over _other)
     "Scores of all looks."
     alike: dict[str, list[Look]] = {}
     for look in looks:
@@ -188,46 +189,46 @@ def ground(
             side = len(look.attention)
             even = torch.full((side, side), 1 / side**2)
             foreign = pd.DataFrame([map_scores(one.attention, look.mask, tolerance) for one in following], columns=METRICS)
-            scores = {"": map_scores(look.attention, look.mask, tolerance), "_chance": map_scores(even, look.mask, tolerance),
-                      "_other": foreign.mean(), "_oracle": oracle_scores(look.mask, side, tolerance)}
+            scores = {"": map_scores(look.attention, look.mask, tolerance), "_other": foreign.mean(),
+                      "_chance": map_scores(even, look.mask, tolerance), "_oracle": oracle_scores(look.mask, side, tolerance)}
             row = {name + suffix: score[name] for name in METRICS for suffix, score in scores.items()}
             rows.append({"study_id": look.study_id, "finding": look.finding} | row)
-    columns = [name + suffix for name in METRICS for suffix in ("", "_chance", "_other", "_oracle")]
-    return pd.DataFrame(rows, columns=["study_id", "finding", *columns])
+    columns = [name + suffix for name in METRICS for suffix in ("", "_other", "_chance", "_oracle")]
+    table = pd.DataFrame(rows, columns=["study_id", "finding", *columns])
+    return table.assign(**{f"{name}_gain": table[name] - table[f"{name}_other"] for name in METRICS})
 
-# %% ../nbs/16b_grounding.ipynb #085035cd
+# %% ../nbs/16b_grounding.ipynb #76e86bc3
 def interval(
-    rows: pd.DataFrame,  # study_id, and numbers in `columns`
-    columns: list[str],
+    values: pd.Series,  # one for each look; NaN is left out
+    studies: pd.Series,  # the study of each look
     draws: int,  # resamples of the studies
     seed: int,
-) -> tuple[np.ndarray, np.ndarray]:  # low and high of each column, 95%
-    "Bootstrap intervals of the means, over studies."
-    groups = rows.groupby("study_id", sort=True)
-    sums, sizes = groups[columns].sum().to_numpy(), groups.size().to_numpy()
+) -> tuple[float, float]:  # low and high, 95%
+    "Bootstrap interval of a mean, over studies."
+    groups = values.dropna().groupby(studies, sort=True)
+    sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()
+    if len(sizes) == 0:
+        return np.nan, np.nan
     chosen = np.random.default_rng(seed).integers(len(sizes), size=(draws, len(sizes)))
-    means = sums[chosen].sum(1) / sizes[chosen].sum(1)[:, None]
-    return tuple(np.quantile(means, [0.025, 0.975], axis=0))
+    means = sums[chosen].sum(1) / sizes[chosen].sum(1)
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 def ground_table(
     scored: pd.DataFrame,  # from `ground`
     draws: int = 1000,  # resamples of the studies
     seed: int = 0,
     least: int = 5,  # studies that a finding needs
-) -> pd.DataFrame:  # finding ("all" first), n studies, and for each of METRICS the means and _low, _high
+) -> pd.DataFrame:  # finding ("all" first), n studies, the means of `ground`, and _low and _high of each score and gain
     "Means per finding, with intervals over studies."
-    means = [name for name in scored.columns if name not in ("study_id", "finding")]
-    table = []
+    table, ends = [], ("", "_low", "_high", "_other", "_chance", "_oracle", "_gain", "_gain_low", "_gain_high")
     for finding, rows in [("all", scored), *scored.groupby("finding")]:
         row = {"finding": finding, "n": rows.study_id.nunique()}
         if row["n"] >= least:
-            low, high = interval(rows, list(METRICS), draws, seed)
-            ends = {f"{name}_low": x for name, x in zip(METRICS, low, strict=True)}
-            ends |= {f"{name}_high": x for name, x in zip(METRICS, high, strict=True)}
-            row |= ends | dict(rows[means].mean())
+            row |= rows.drop(columns=["study_id", "finding"]).mean()
+            for name in [name + end for name in METRICS for end in ("", "_gain")]:
+                row[f"{name}_low"], row[f"{name}_high"] = interval(rows[name], rows.study_id, draws, seed)
         table.append(row)
-    columns = [name + end for name in METRICS for end in ("", "_low", "_high", "_chance", "_other", "_oracle")]
-    return pd.DataFrame(table, columns=["finding", "n", *columns])
+    return pd.DataFrame(table, columns=["finding", "n", *(name + end for name in METRICS for end in ends)])
 
 # %% ../nbs/16b_grounding.ipynb #8d459556
 def plot_grounding(

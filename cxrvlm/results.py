@@ -4,25 +4,34 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'COLOURS', 'run_folder', 'git', 'provenance', 'write_result', 'result_row', 'read_results', 'only_preset',
-           'by_matching', 'over_seeds', 'markdown', 'markdown_table', 'paired_gains', 'gain_table', 'arm_colours',
-           'plot_fractions', 'save_figure']
+           'by_matching', 'over_seeds', 'markdown', 'markdown_table', 'paired_gains', 'gain_table', 'placements',
+           'placement_table', 'read_beside', 'seed_weights', 'resampled_means', 'patient_sums',
+           'hierarchical_bootstrap', 'data_multiplier', 'multiplier_text', 'interval', 'arm_colours', 'plot_fractions',
+           'save_table', 'save_figure']
 
-# %% ../nbs/17_results.ipynb #6671f3d4
+# %% ../nbs/17_results.ipynb #49fb37e8
 import json
 import math
 import platform
 import subprocess
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 
+from .downstream import patient_weights
+from .encoders import Embedding
+from .matching import local_matrix
+from .retrieval import BLOCK, cosine_scores, map_blocks
 from .settings import Arm, Settings, digest
-from .studies import SPLITS
+from .studies import SPLITS, seed_from
 from .training import Progress, write_atomically
 
 # %% ../nbs/17_results.ipynb #e7842b80
@@ -212,6 +221,171 @@ def gain_table(
         "seeds with a gain": [f"{g.up} of {g.seeds}" for g in gains.itertuples()],
     })
 
+# %% ../nbs/17_results.ipynb #e4efb957
+def placements(
+    scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N], rows a to b of the similarities; own pairs on the diagonal
+    n: int,  # N, number of pairs
+) -> np.ndarray:  # v [N]; the mean is AUROC
+    "What each pair contributes to AUROC."
+    rows = max(1, BLOCK // n)
+    own = torch.cat(map_blocks(lambda a, b: scores(a, b).diagonal(a).cpu(), n, rows))
+    ordered = own.sort().values
+
+    def others(a, b):
+        block, mine = scores(a, b).cpu().contiguous(), torch.eye(b - a, n, dtype=torch.bool).roll(a, 1)
+        below, upto = (torch.searchsorted(ordered, block, right=side) for side in (False, True))  # own pairs < z, and <= z
+        lost = (1 - (below + upto) / (2.0 * n)).double().masked_fill(mine, 0)  # share of own pairs above z; ties one half
+        counts = [torch.bincount(places[~mine], minlength=n + 1) for places in (below, upto)]
+        return lost.sum(1), lost.sum(0), counts[0] + counts[1]
+
+    r, c, counts = zip(*map_blocks(others, n, rows), strict=True)
+    won = sum(counts).cumsum(0)[torch.searchsorted(ordered, own)] / (2 * n * (n - 1))  # a
+    spread = (torch.cat(r) + sum(c)) / (n - 1)
+    return (won + spread - 2 * won.double().mean()).numpy()
+
+# %% ../nbs/17_results.ipynb #2a6e147d
+def placement_table(
+    images: Embedding,  # of N images, from `embed_pairs`
+    texts: Embedding,  # of their N reports
+    patients: Sequence[str],  # N names
+    matchings: Sequence[str],  # global, local or both, as in `Arm.matchings`
+    settings: Settings,  # tau2, tau3 and length_norm
+    path: Path | None = None,  # as in `all_metrics`: similarities that are there are not computed again
+    device: str | torch.device = "cpu",
+) -> pd.DataFrame:  # patient_id, matching, value; one row for each matching and pair
+    "What each test pair contributes to AUROC, by every matching of a run."
+    parts = []
+    for matching in matchings:
+        if matching == "global":
+            scores = cosine_scores(images.pooled, texts.pooled)
+        else:
+            Z = local_matrix(images, texts, settings.tau2, settings.tau3, settings.length_norm, path, device)
+            scores = partial(lambda Z, a, b: Z[a:b], Z)
+        parts.append(pd.DataFrame({"patient_id": list(patients), "matching": matching, "value": placements(scores, len(patients))}))
+    return pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/17_results.ipynb #ead3e974
+def read_beside(
+    root: str | Path,  # as for `read_results`: a folder with runs below it, or a table of them
+    name: str,  # placements.csv or downstream.csv
+) -> pd.DataFrame:  # the tables' columns, and arm, fraction and seed; empty if there is none
+    "A table that lies in each run's folder, or for all runs beside the table of the runs."
+    as_text, root = {"patient_id": str}, Path(root)
+    if root.suffix == ".csv":
+        path = root.with_name(name)
+        return pd.read_csv(path, dtype=as_text) if path.is_file() else pd.DataFrame()
+    parts = []
+    for path in sorted(root.rglob("result.json")):
+        if path.with_name(name).is_file():
+            run = result_row(path)
+            parts.append(pd.read_csv(path.with_name(name), dtype=as_text))
+            parts[-1] = parts[-1].assign(arm=run["arm"], fraction=run["fraction"], seed=run["seed"])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+# %% ../nbs/17_results.ipynb #da8e7369
+def seed_weights(
+    seeds: int,  # S
+    resamples: int,  # R
+    seed: int = 0,  # of the draws
+    widen: bool = True,  # by kappa; False: the plain bootstrap
+) -> np.ndarray:  # [R, S]; rows sum to 1
+    "How much each seed counts, when seeds are drawn with replacement."
+    rng = np.random.default_rng(seed_from(seed, "seeds"))
+    share = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    if not widen or seeds == 1:
+        return share
+    kappa = stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975) * math.sqrt(seeds / (seeds - 1))
+    return 1 / seeds + kappa * (share - 1 / seeds)
+
+def resampled_means(
+    sums: np.ndarray,  # [C, S, P]: for each quantity and seed, what the reports of each patient add up to
+    reports: np.ndarray,  # [P], how many they are
+    resamples: int = 2000,  # R
+    seed: int = 0,  # of the draws
+    widen: bool = True,
+) -> np.ndarray:  # [C, R]
+    "Means over drawn seeds and patients; a draw is the same for all C quantities."
+    C, S, P = sums.shape
+    of_seeds, draws = seed_weights(S, resamples, seed, widen), []
+    for weights in patient_weights(np.arange(P), resamples, seed):  # [block, P]
+        means = sums.reshape(C * S, P) @ weights.T / (weights @ reports)
+        start = sum(part.shape[1] for part in draws)
+        draws.append(np.einsum("csr,rs->cr", means.reshape(C, S, -1), of_seeds[start : start + len(weights)]))
+    return np.concatenate(draws, axis=1)
+
+# %% ../nbs/17_results.ipynb #1586517b
+def patient_sums(
+    table: pd.DataFrame,  # from `read_beside(..., "placements.csv")`
+) -> tuple[pd.DataFrame, pd.Series]:  # rows (arm, matching, fraction, seed), a column for each patient: the sum; reports of each patient
+    "The contributions of each patient's reports, added up, run by run."
+    keys = ["arm", "matching", "fraction", "seed"]
+    groups = table.groupby([*keys, "patient_id"]).value
+    sums, counts = groups.sum().unstack(), groups.size().unstack()
+    other = counts.index[(counts != counts.iloc[0]).any(axis=1)]
+    if len(other):
+        names = ", ".join(f"{key} = {value}" for key, value in zip(keys, other[0], strict=True))
+        raise ValueError(f"placements: the run {names} was tested on other patients than the first; evaluate it on the same test set")
+    return sums, counts.iloc[0]
+
+def hierarchical_bootstrap(
+    table: pd.DataFrame,  # from `read_beside(..., "placements.csv")`
+    arm: str,
+    fraction: float,
+    reference: str | None = None,  # an arm to subtract; None: the arm's own mean
+    matching: str = "global",
+    reference_matching: str | None = None,  # None: the same
+    resamples: int = 2000,
+    seed: int = 0,  # of the draws
+    widen: bool = True,  # for few seeds
+) -> dict:  # mean, 95% interval (low, high), seeds, patients
+    "AUROC of an arm at a fraction, or what it gains over another: over seeds and test patients."
+    sums, reports = patient_sums(table)
+    runs = [(arm, matching), (reference, reference_matching or matching)][: 1 if reference is None else 2]
+    for name, way in runs:
+        if (name, way, fraction) not in sums.index.droplevel("seed"):
+            raise ValueError(f"no placements of the arm {name} with {way} matching at the fraction {fraction:g}")
+    own, *other = (sums.xs((*run, fraction)) for run in runs)
+    gain = (own - other[0]).dropna() if other else own
+    if gain.empty:
+        raise ValueError(f"{arm} and {reference} have no seed in common at the fraction {fraction:g}")
+    drawn = resampled_means(gain.to_numpy()[None], reports.to_numpy(), resamples, seed, widen)[0]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    mean = gain.to_numpy().sum() / len(gain) / reports.sum()
+    return {"mean": mean, "low": low, "high": high, "seeds": len(gain), "patients": len(reports)}
+
+# %% ../nbs/17_results.ipynb #3f7e481e
+def data_multiplier(
+    fractions: np.ndarray,  # [F] of the baseline's points, rising
+    curve: np.ndarray,  # [F] or [F, R], its values
+    value: float | np.ndarray,  # or [R], what the other arm reaches
+    used: float,  # the fraction that the other arm used
+) -> np.ndarray:  # [] or [R]; infinity: more than fractions[-1] / used; 0: less than fractions[0] / used
+    "How many times the data a baseline needs to reach a value."
+    curve, value = np.asarray(curve, float), np.asarray(value, float)
+    log, x = np.log(np.asarray(fractions, float)), np.full(np.broadcast_shapes(curve.shape[1:], value.shape), np.inf)
+    for i in range(len(log) - 1, 0, -1):  # the last one written is the first crossing
+        here = (curve[i - 1] <= value) & (value <= curve[i])
+        rise = np.where(curve[i] > curve[i - 1], curve[i] - curve[i - 1], 1)
+        x = np.where(here, np.exp(log[i - 1] + (value - curve[i - 1]) / rise * (log[i] - log[i - 1])) / used, x)
+    return np.where(curve[0] == value, fractions[0] / used, np.where(curve[0] > value, 0.0, x))
+
+def multiplier_text(
+    x: float,  # from `data_multiplier`
+    fractions: np.ndarray,  # of the baseline's points, rising
+    used: float,  # the fraction that the other arm used
+) -> str:
+    "The multiplier in words: 3.2x, more than 5x, less than 1x."
+    if np.isinf(x):
+        return f"more than {fractions[-1] / used:.3g}x"
+    return f"{x:.2g}x" if x else f"less than {fractions[0] / used:.2g}x"
+
+# %% ../nbs/17_results.ipynb #b7884123
+def interval(
+    draws: np.ndarray,  # [..., R]
+) -> tuple[np.ndarray, np.ndarray]:  # [...] and [...]
+    "The middle 95% of some draws, infinities among them."
+    return tuple(np.quantile(draws, [0.025, 0.975], axis=-1, method="inverted_cdf"))
+
 # %% ../nbs/17_results.ipynb #001fdd56
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B59F00")
 
@@ -245,6 +419,20 @@ def plot_fractions(
     ax.set_xticks([], minor=True)
     ax.set(xlabel="training pairs (of all)", ylabel=label)
     ax.legend(fontsize=8, edgecolor="none", framealpha=0.8)
+
+# %% ../nbs/17_results.ipynb #d83fb51c
+def save_table(
+    table: pd.DataFrame,  # what it shows
+    output: str | Path,  # folder
+    name: str,
+    cells: dict[str, list[str]] | None = None,  # heading -> cells, as they should be read; None: as they are
+) -> None:
+    "Write NAME.csv and NAME.md."
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv", index=False)
+    cells = cells or {str(heading): ["" if pd.isna(cell) else str(cell) for cell in column] for heading, column in table.items()}
+    (folder / f"{name}.md").write_text(markdown(cells) + "\n", encoding="utf-8")
 
 # %% ../nbs/17_results.ipynb #3f484b9a
 def save_figure(

@@ -7,7 +7,9 @@ __all__ = ['COLUMNS', 'TILE', 'CAPTION', 'Usage', 'read_usage', 'open_model', 'f
            'query_tokens', 'read_batch', 'similarities', 'search', 'ranked', 'printable', 'caption_font',
            'contact_sheet', 'report_failed', 'check_sheet', 'search_command']
 
-# %% ../nbs/18_search.ipynb #88b5f3c3
+# %% ../nbs/18_search.ipynb #4a3e1199
+import contextlib
+import io
 import json
 import os
 import sys
@@ -28,6 +30,7 @@ from .images import ImageError, read_image, to_float
 from .losses import global_similarity
 from .local import local_similarity
 from .settings import Arm, Settings
+from .studies import read_any
 from .text import token_lengths, token_limit, tokenize
 from .training import write_atomically
 
@@ -51,7 +54,7 @@ class Usage(BaseModel, frozen=True):
         text = self.model_dump_json(indent=1)
         write_atomically(Path(folder) / "usage.json", lambda path: path.write_text(text + "\n"))
 
-# %% ../nbs/18_search.ipynb #b2e74046
+# %% ../nbs/18_search.ipynb #b226f717
 def read_usage(
     folder: Path,  # a model directory
 ) -> Usage:
@@ -65,10 +68,10 @@ def read_usage(
             return Usage(**run["settings"], matchings=Arm(**run["arm_settings"]).matchings)
     except (ValidationError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{own if own.exists() else record} does not say how to use the model ({error})") from None
-    raise ValueError(f"{folder} has no usage.json, and no result.json lies beside it: nothing says which image size the model "
-                     "needs. Copy one of them there from the run")
+    raise ValueError(f"{folder} has no usage.json, and no result.json lies beside it: nothing says which image size "
+                     "the model needs. Copy one of them there from the run")
 
-# %% ../nbs/18_search.ipynb #acbaba30
+# %% ../nbs/18_search.ipynb #28b0bdbe
 def open_model(
     folder: str | Path,  # a run's folder `model`, or the run's
 ) -> tuple[DualEncoder, Usage]:  # in evaluation mode
@@ -81,12 +84,13 @@ def open_model(
         raise ValueError(f"{folder} is no trained model: {there} {' and no '.join(missing)}. Give a run's folder `model`")
     usage = read_usage(folder)
     try:
-        return DualEncoder.from_pretrained(folder).eval(), usage
+        with contextlib.redirect_stdout(io.StringIO()):  # huggingface_hub says where it reads
+            return DualEncoder.from_pretrained(folder.absolute()).eval(), usage
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the model in {folder} cannot be read ({reason}). Copy it again from the run") from None
 
-# %% ../nbs/18_search.ipynb #bebfdb70
+# %% ../nbs/18_search.ipynb #aa12444c
 def files_below(
     folder: Path,
 ) -> list[str]:  # paths inside the folder, sorted
@@ -119,13 +123,11 @@ def table_refs(
     path: Path,  # .csv or .parquet
 ) -> list[str]:
     "The column `image` of a table, each entry once."
-    try:
-        table = pd.read_csv(path, dtype=str) if path.suffix.lower() == ".csv" else pd.read_parquet(path)
-    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are of these kinds
-        raise ValueError(f"{path} cannot be read as a table ({error})") from None
+    table = read_any(path, "utf-8-sig")
     if "image" not in table:
         raise ValueError(f"{path} has no column image; it has {', '.join(map(str, table.columns))}")
-    return table.image.dropna().astype(str).drop_duplicates().tolist()
+    images = table.image.str.strip()
+    return images[images != ""].drop_duplicates().tolist()
 
 # %% ../nbs/18_search.ipynb #f090fc10
 def query_tokens(
@@ -145,12 +147,12 @@ def query_tokens(
         raise ValueError(f"the model's vocabulary has no word of {text!r}: use the words of its reports")
     return tokens
 
-# %% ../nbs/18_search.ipynb #e3324be5
+# %% ../nbs/18_search.ipynb #2170f6bf
 def read_batch(
     refs: list[str],
     size: int,  # side in pixels
     root: Path | None,  # folder that relative paths start from
-) -> tuple[list[str], list[np.ndarray], dict[str, str]]:  # those that can be read, their pixels; others with the reason
+) -> tuple[list[str], list[np.ndarray], dict[str, str]]:  # those that can be read, their pixels; why others cannot
     "Read what can be read."
     there, pixels, failed = [], [], {}
     for ref in refs:
@@ -174,9 +176,10 @@ def similarities(
     images = model.embed_images(to_float(torch.from_numpy(np.stack(pixels))[:, None]).to(device))
     if matching == "global":
         return global_similarity(images.pooled, text.pooled)[:, 0].tolist()
-    return local_similarity(images.local, text.local, text.mask, usage.tau2, usage.tau3, usage.length_norm)[:, 0].tolist()
+    options = usage.tau2, usage.tau3, usage.length_norm
+    return local_similarity(images.local, text.local, text.mask, *options)[:, 0].tolist()
 
-# %% ../nbs/18_search.ipynb #6023ec02
+# %% ../nbs/18_search.ipynb #66cc6fef
 @torch.no_grad()
 def search(
     model: DualEncoder,
@@ -197,7 +200,8 @@ def search(
     refs, root = image_refs(images)
     query = model.embed_texts(tokens.to(next(model.parameters()).device))
     scores, failed = {}, {}
-    for start in tqdm(range(0, len(refs), batch_size), desc="images", mininterval=5, disable=len(refs) < 4 * batch_size):
+    starts = range(0, len(refs), batch_size)
+    for start in tqdm(starts, desc="images", mininterval=5, disable=len(starts) < 4):
         there, pixels, bad = read_batch(refs[start : start + batch_size], usage.image_size, root)
         failed |= bad
         if there:
@@ -219,7 +223,7 @@ def ranked(
     best = table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)[:k]
     return best.assign(rank=np.arange(1, len(best) + 1))
 
-# %% ../nbs/18_search.ipynb #6068a8b0
+# %% ../nbs/18_search.ipynb #e8b7d0b5
 COLUMNS, TILE, CAPTION = 4, 220, 34  # pixels
 
 def printable(
@@ -246,10 +250,11 @@ def contact_sheet(
         sheet.paste(Image.fromarray(read_image(row.image, TILE - 6, root)), (x + 3, y + 3))
         name = printable(row.image)
         name = name if len(name) <= 32 else "…" + name[-31:]  # the end tells more than the beginning
-        draw.text((x + 4, y + TILE - 1), f"{row.rank}: {row.similarity:.3f}\n{name}", fill=0, font=font, spacing=2)
+        caption = f"{row.rank}: {row.similarity:.3f}\n{name}"
+        draw.text((x + 4, y + TILE - 1), caption, fill=0, font=font, spacing=2)
     return sheet
 
-# %% ../nbs/18_search.ipynb #1f4d018f
+# %% ../nbs/18_search.ipynb #b9318f94
 def report_failed(
     failed: pd.DataFrame,  # image, reason
     most: int = 10,  # how many to name
@@ -264,9 +269,9 @@ def check_sheet(
 ) -> None:
     "Refuse a place where no picture can be written, before the search."
     if sheet.is_dir():
-        raise ValueError(f"the contact sheet cannot be written to {sheet}: it is a folder; name a file, e.g. sheet.png")
+        raise ValueError(f"no contact sheet can be written to {sheet}: it is a folder; name a file, e.g. sheet.png")
     if not sheet.absolute().parent.is_dir():
-        raise ValueError(f"the contact sheet cannot be written to {sheet}: there is no folder {sheet.parent}")
+        raise ValueError(f"no contact sheet can be written to {sheet}: there is no folder {sheet.parent}")
 
 def search_command(
     model: Path,  # a run's folder `model`
@@ -274,13 +279,14 @@ def search_command(
     text: str,  # what to look for
     k: int = 12,  # how many images
     sheet: Path = Path("search.png"),  # the contact sheet to write
+    matching: str = "",  # global or local; empty: global where it was trained
 ) -> int:  # exit code: 0, or 1 after a message
     "Print the best matches and write a contact sheet."
     try:
         check_sheet(Path(sheet))
         encoder, usage = open_model(model)
         encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        found, failed = search(encoder, images, text, usage, k)
+        found, failed = search(encoder, images, text, usage, k, matching)
         picture = contact_sheet(found, image_refs(images)[1])
         write_atomically(Path(sheet), lambda path: picture.save(path, format="PNG"))
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from cxrvlm.studies import (
     StudiesError,
     check_studies,
-    duplicates_across_splits,
     nested_fraction,
     parse_phantom_reference,
     patients_on_two_sides,
@@ -106,11 +105,3 @@ def test_a_phantom_reference_can_be_read_back(seed, mesh):
 def test_what_is_no_phantom_reference_is_refused(ref):
     with pytest.raises(ValueError, match="no phantom reference"):
         parse_phantom_reference(ref)
-
-
-def test_copies_of_a_file_across_splits_are_found(tmp_path):
-    for name, data in [("0.png", b"same"), ("1.png", b"same"), ("2.png", b"other"), ("3.png", b"same")]:
-        (tmp_path / name).write_bytes(data)
-    studies = table(["p0", "p1", "p2", "p3"]).assign(split=["train", "test", "test", "train"])
-    assert duplicates_across_splits(studies, tmp_path).study_id.tolist() == ["s0", "s1", "s3"]
-    assert duplicates_across_splits(studies.assign(split="train"), tmp_path).empty

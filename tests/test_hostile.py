@@ -1,0 +1,312 @@
+"""Hostile input: one row per case, and what becomes of it. `python tests/test_hostile.py` prints the table."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from miniature import write_mimic
+from PIL import Image
+
+from cxrvlm.images import ImageStore
+from cxrvlm.mimic import load_mimic
+from cxrvlm.studies import load_table
+
+GOOD = 30
+HEADER = "image,study_id,patient_id,report,Cardiomegaly\n"
+
+
+def picture() -> Image.Image:
+    "A gray picture without symmetry."
+    return Image.fromarray(np.add.outer(np.linspace(0, 155, 80), np.linspace(0, 100, 60)).astype(np.uint8))
+
+
+def good_rows(folder: Path) -> str:
+    "Thirty rows that are as they should be, and their images."
+    for number in range(GOOD):
+        picture().rotate(number).save(folder / f"{number}.png")
+    return "".join(f"{n}.png,s{n},p{n},Small effusion number {n}.,{n % 2}\n" for n in range(GOOD))
+
+
+def a_row(image: str = "odd.png", study: str = "odd", patient: str = "odd", report: str = "Clear.", label: str = "1") -> str:
+    return f"{image},{study},{patient},{report},{label}\n"
+
+
+# Images: what is written to the file of the odd row
+
+
+def truncated_jpeg(path: Path):
+    picture().save(path, "jpeg")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bomb(path: Path):
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+def turned(path: Path):
+    exif = Image.Exif()
+    exif[274] = 6
+    picture().save(path, "png", exif=exif)
+
+
+def loop(path: Path):
+    path.symlink_to(path.name)
+
+
+def unreadable(path: Path):
+    picture().save(path)
+    path.chmod(0)
+
+
+def deep(path: Path):
+    Image.fromarray(np.asarray(picture()).astype(np.uint16) * 100).save(path)
+
+
+IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated JPEG": (truncated_jpeg, r"excluded: it cannot be decoded .*[Tt]runcated"),
+    "zero bytes": (lambda path: path.touch(), "excluded: the file is empty"),
+    "text named .png": (lambda path: path.write_text("by post"), "excluded: neither Pillow nor pydicom"),
+    "1 x 1": (lambda path: Image.new("L", (1, 1)).save(path), "excluded: it is 1 x 1 px"),
+    "16 bit": (deep, "read"),
+    "CMYK": (lambda path: picture().convert("CMYK").save(path, "jpeg"), "read"),
+    "palette": (lambda path: picture().convert("P").save(path), "read"),
+    "RGBA": (lambda path: picture().convert("RGBA").save(path), "read"),
+    "EXIF-rotated": (turned, "read"),
+    "decompression bomb": (bomb, "excluded: it has more than .* pixels"),
+    "symlink loop": (loop, "excluded: it is a link that leads back to itself"),
+    "a folder": (lambda path: path.mkdir(), "excluded: this is a folder, not an image"),
+    "no permission to read": (unreadable, "excluded: there is no permission to read it"),
+    "no file": (lambda path: None, "excluded: there is no such file"),
+    "half a DICOM": (lambda path: path.write_bytes(bytes(128) + b"DICM" + bytes(50)), "excluded: "),
+}
+
+# Rows: the odd row of a table
+ROWS: dict[str, tuple[str, str]] = {
+    "path outside the root": (a_row("../odd.png"), r"error: .*row 32: the image '\.\./odd\.png' lies outside"),
+    "no image": (a_row(""), "excluded: no image"),
+    "a row again": (a_row("0.png", "s0", "p0", "Small effusion number 0.", "0"), "excluded: the same row again"),
+    "two reports of one image": (a_row("0.png", "s0", "p0", "Clear."), r"error: .*'s0': .*stands twice"),
+    "a cell too many": (a_row(report="Clear, no effusion."), "error: .*row 32: 6 cells, and the header has 5"),
+    "a cell too few": ("odd.png,odd,odd\n", "error: .*row 32: 3 cells, and the header has 5"),
+    "an open quote": (a_row(report='"Clear.'), "error: .*cannot be read as a table"),
+    "NUL bytes": (a_row(report="Small\0effusion."), "read: .*Small effusion"),
+    "100,000 words": (a_row(report="effusion " * 100_000), "read"),
+    "one letter": (a_row(report="A"), "read"),
+    "one dot": (a_row(report="."), "excluded: no impression"),
+    "marks of de-identification": (a_row(report="XXXX ___"), "excluded: no impression"),
+    "empty report": (a_row(report=""), "excluded: no impression"),
+    "only findings": (a_row(report='"FINDINGS: Clear."'), "excluded: no impression"),
+    "a quoted newline": (a_row(report='"FINDINGS: Clear.\nIMPRESSION: Normal."'), "read: .*Normal"),
+    "label 2": (a_row(label="2"), r"error: .*label Cardiomegaly: '2' in row 32"),
+    "label x": (a_row(label="x"), r"error: .*label Cardiomegaly: 'x' in row 32"),
+    "an id that has lost digits": (a_row(patient="1.2e+07"), r"error: .*patient_id: 1\.2e\+07 in row 32 has lost digits"),
+    "no patient": (a_row(patient=""), "read: .*1 of 31 rows have no patient_id"),
+}
+
+# Files: the whole table's bytes, made from the good rows
+Make = Callable[[str], bytes]
+FILES: dict[str, tuple[Make, str]] = {
+    "empty": (lambda rows: b"", "error: .*is empty"),
+    "blank": (lambda rows: b" \n\n", "error: .*is empty"),
+    "only a header": (lambda rows: HEADER.encode(), "error: .*no rows"),
+    "BOM": (lambda rows: (HEADER + rows).encode("utf-8-sig"), "read"),
+    "semicolons": (lambda rows: (HEADER + rows).replace(",", ";").encode(), "read"),
+    "tabs": (lambda rows: (HEADER + rows).replace(",", "\t").encode(), "read"),
+    "CRLF": (lambda rows: (HEADER + rows).replace("\n", "\r\n").encode(), "read"),
+    "Latin-1": (lambda rows: (HEADER + rows + a_row(report="Früher.")).encode("latin-1"), "error: .*line 32: byte 0xfc is no utf-8"),
+    "UTF-16": (lambda rows: (HEADER + rows).encode("utf-16"), "error: .*line 1: byte 0xff is no utf-8"),
+    "a missing column": (lambda rows: (HEADER + rows).replace("report", "verdict").encode(), "error: .*lacks a column report, findings or impression"),
+    "a column nearly named": (lambda rows: (HEADER + rows).replace("patient_id", "patientid").encode(), "error: .*'patientid' and no 'patient_id'"),
+    "another name for a column": (lambda rows: (HEADER + rows).replace("image", "path").encode(), "error: .*'path' and no 'image'"),
+    "two columns of one name": (lambda rows: (HEADER + rows).replace("study_id", "Patient ID").encode(), "error: .*two columns named 'patient_id'"),
+    "ids as floats": (lambda rows: re.sub(r",p(\d+),", r",\1.0,", HEADER + rows).encode(), "read: .*ids are written as numbers.*patients 0 1 2"),
+    "leading zeros": (lambda rows: re.sub(r",p(\d+),", r",00\1,", HEADER + rows).encode(), "read: .*patients 000 001 002"),
+    "a PNG": (lambda rows: b"\x89PNG\r\n\x1a\n" + bytes(50), "error: .*byte 0x89 is no utf-8"),
+}
+
+
+def outcome(load: Callable[[], tuple[pd.DataFrame, pd.DataFrame]], store: Path) -> str:
+    "What becomes of a table: an error, an exclusion, or studies that can be trained on."
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            studies, exclusions = load()
+            images = ImageStore.build(studies.image.tolist(), store, 32)
+        except ValueError as error:
+            return f"error: {' '.join(str(error).split())}"
+    reasons = [*exclusions.reason, *images.failed.reason]
+    if reasons:
+        assert len(studies) - len(images.failed) >= GOOD
+        return f"excluded: {'; '.join(reasons)}"
+    text = "; ".join(str(warning.message) for warning in told if warning.category is UserWarning)
+    return f"read: {text} patients {' '.join(studies.patient_id[:3])} ... {studies.impression.iloc[-1][:20]}"
+
+
+def try_image(folder: Path, name: str) -> str:
+    (folder / "mine.csv").write_text(HEADER + good_rows(folder) + a_row())
+    IMAGES[name][0](folder / "odd.png")
+    return outcome(lambda: load_table(folder / "mine.csv"), folder / "store")
+
+
+def try_row(folder: Path, name: str) -> str:
+    picture().save(folder / "odd.png")
+    (folder / "mine.csv").write_text(HEADER + good_rows(folder) + ROWS[name][0])
+    return outcome(lambda: load_table(folder / "mine.csv"), folder / "store")
+
+
+def try_file(folder: Path, name: str) -> str:
+    picture().save(folder / "odd.png")
+    (folder / "mine.csv").write_bytes(FILES[name][0](good_rows(folder)))
+    return outcome(lambda: load_table(folder / "mine.csv"), folder / "store")
+
+
+# MIMIC-CXR: what is done to a whole folder of it
+
+
+def change_csv(name: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], None]:
+    def spoil(root: Path):
+        path = root / f"mimic-cxr-2.0.0-{name}.csv.gz"
+        change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
+    return spoil
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    def spoil(root: Path):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:size])
+    return spoil
+
+
+def add_entries(root: Path):
+    with zipfile.ZipFile(root / "mimic-cxr-reports.zip", "a") as archive:
+        for name in ("/etc/passwd", "../../p10/p10000000/s50000000.txt", "C:\\x.txt"):
+            archive.writestr(name, "IMPRESSION: Somebody else's.")
+
+
+def damage_zip(root: Path):
+    path = root / "mimic-cxr-reports.zip"
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(content)
+
+
+def set_cell(column: str, value: str):
+    def change(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[3, column] = value
+        return table
+    return change
+
+
+MIMIC: dict[str, tuple[Callable[[Path], object], str]] = {
+    "as it should be": (lambda root: None, "read"),
+    "an absolute path in the zip": (add_entries, r"read: .*3 entries are no reports and are not read, e\.g\. '/etc/passwd'"),
+    "a zip cut short": (cut("mimic-cxr-reports.zip", 3000), "error: .*mimic-cxr-reports.zip cannot be opened"),
+    "a zip with damaged bytes": (damage_zip, r"error: .*mimic-cxr-reports.zip, files/p1.*s5.*\.txt: it cannot be unpacked"),
+    "no reports": (lambda root: (root / "mimic-cxr-reports.zip").unlink(), "error: .*has neither mimic-cxr-reports.zip nor its tree"),
+    "a table cut short": (cut("mimic-cxr-2.0.0-metadata.csv.gz", 300), "error: .*metadata.csv.gz cannot be read"),
+    "a table missing": (lambda root: (root / "mimic-cxr-2.0.0-chexpert.csv.gz").unlink(), "error: .*chexpert.csv.gz is not there"),
+    "a column missing": (change_csv("metadata", lambda t: t.drop(columns="ViewPosition")), "error: .*metadata.csv.gz lacks ViewPosition"),
+    "a label of 2": (change_csv("chexpert", set_cell("Edema", "2.0")), r"error: .*chexpert, row 5, Edema: '2\.0'"),
+    "ids as floats": (change_csv("metadata", set_cell("subject_id", "10000000.0")), r"error: .*(subject_id '10000000\.0'|values of subject_id)"),
+    "an image of two studies": (change_csv("metadata", set_cell("dicom_id", "50000000-ap")), "error: .*dicom_id 50000000-ap has 2 values of study_id"),
+    "rows twice": (change_csv("metadata", lambda t: pd.concat([t, t])), "read"),
+    "a study's labels twice": (change_csv("chexpert", lambda t: pd.concat([t, t])), "error: .*chexpert: study 50000000 stands twice"),
+    "no frontal view": (change_csv("metadata", set_cell("ViewPosition", "LL")), r"excluded: no frontal image \(AP or PA\)"),
+}
+
+
+def try_mimic(folder: Path, name: str) -> str:
+    shutil.copytree(MINIATURE, folder / "mimic")
+    MIMIC[name][0](folder / "mimic")
+    return outcome(lambda: load_mimic(folder / "mimic"), folder / "store")
+
+
+MINIATURE = Path(tempfile.mkdtemp()) / "mimic"
+KINDS = [(try_image, IMAGES), (try_row, ROWS), (try_file, FILES), (try_mimic, MIMIC)]
+CASES = [pytest.param(attempt, name, cases[name][1], id=f"{attempt.__name__[4:]}: {name}") for attempt, cases in KINDS for name in cases]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def miniature():
+    write_mimic(MINIATURE, 36)
+    yield
+    shutil.rmtree(MINIATURE.parent, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("attempt", "name", "expected"), CASES)
+def test_each_case_is_an_error_or_counted(attempt, name, expected, tmp_path):
+    if name == "no permission to read" and os.geteuid() == 0:  # root may read everything: ask somebody else
+        found = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", sys.executable, __file__, name], capture_output=True, text=True).stdout
+    else:
+        found = attempt(tmp_path, name)
+    assert re.match(expected, found), found
+
+
+# The disk
+
+
+def test_a_disk_that_is_full(tmp_path):
+    "On a file system of 1 MB, where root may make one; elsewhere under a limit on the size of a file."
+    disk, names = tmp_path / "disk", [f"phantom:{n}|normal" for n in range(40)]
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        (disk / "other").write_bytes(bytes(800_000))
+        with pytest.raises(ValueError, match="0.0 GB are needed|make room"):
+            ImageStore.build(names, disk / "store", 128)
+        (disk / "other").unlink()
+        assert len(ImageStore.build(names, disk / "store", 128)) == 40
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_fills_while_a_store_is_written(tmp_path):
+    "The space is taken before the first image, so somebody else who fills the disk meanwhile cannot kill the process."
+    disk, names = tmp_path / "disk", [f"phantom:{n}|normal" for n in range(40)]
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    program = (
+        "import sys; from pathlib import Path; from cxrvlm import images\n"
+        "disk, read, seen = Path(sys.argv[1]), images.read_image, []\n"
+        "def fill_disk(*a):\n"
+        "    if not seen:\n"
+        "        seen.append(1)\n"
+        "        try: (disk / 'other').write_bytes(bytes(2**20))\n"
+        "        except OSError: pass\n"
+        "    return read(*a)\n"
+        "images.read_image = fill_disk\n"
+        "try: print(len(images.ImageStore.build([f'phantom:{n}|normal' for n in range(40)], disk / 'store', 128)))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", program, disk], capture_output=True, text=True)
+        assert done.returncode == 0 and "make room and start again" in done.stdout, done
+        (disk / "other").unlink()
+        assert len(ImageStore.build(names, disk / "store", 128)) == 40
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] in ([name] for name in IMAGES):
+        with tempfile.TemporaryDirectory() as folder:
+            print(try_image(Path(folder), sys.argv[1]))
+    else:
+        write_mimic(MINIATURE, 36)
+        print("| case | what it gives |\n|---|---|")
+        for attempt, cases in KINDS:
+            for name in cases:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = attempt(Path(folder), name).replace(folder, "FOLDER")[:160]
+                print(f"| {attempt.__name__[4:]}: {name} | {found} |")
