@@ -191,13 +191,14 @@ def biovil_image_file(
         )
     return path
 
-# %% ../nbs/16a_baselines.ipynb #bfc2bbe5
+# %% ../nbs/16a_baselines.ipynb #60ea8129
 def load_biovil(
     settings: Settings,  # its `weights`
 ) -> Baseline:
     "BioViL as published."
+    state = read_state(biovil_image_file(settings.weights))
     image_encoder = BioViLImageEncoder()
-    load_biovil_image(image_encoder, read_state(biovil_image_file(settings.weights)))
+    load_biovil_image(image_encoder, state)
     tokenizer = load_tokenizer(BIOVIL, settings.weights)
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
     text_encoder = load_biovil_text(fetch(BIOVIL, settings.weights), special)

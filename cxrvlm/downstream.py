@@ -73,7 +73,7 @@ def patient_weights(
         drawn = [rng.integers(n, size=n) for _ in range(start, min(start + block, resamples))]
         yield np.stack([np.bincount(row, minlength=n) for row in drawn])[:, place].astype(float)
 
-# %% ../nbs/16_downstream.ipynb #90b054e8
+# %% ../nbs/16_downstream.ipynb #1b25cfee
 class Scored(NamedTuple):
     "A model's scores of N images for L labels."
     truth: pd.DataFrame  # bool [N, L]
@@ -87,7 +87,7 @@ def measure(
     weights: np.ndarray,  # [R, N]
 ) -> np.ndarray:  # [R, L, 2] balanced accuracy and AUROC; NaN where there is no number
     "Both measures of each label, averaged over the parts that have both groups."
-    y, values = scored.truth.to_numpy(), np.full((len(weights), len(scored.reasons), 2), np.nan)
+    y, values = scored.truth.to_numpy(dtype=bool), np.full((len(weights), len(scored.reasons), 2), np.nan)
     for label in (label for label, reason in enumerate(scored.reasons) if not reason):
         each = [weighted_scores(y[part, label], scored.score[part, label], weights[:, part]) for part in scored.parts]
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a resample without the finding
@@ -116,7 +116,7 @@ def intervals(
         low, high = np.nanquantile(with_mean(drawn), [0.025, 0.975], axis=0)
     return low, high, np.isnan(drawn[:, :, 0]).sum(0)
 
-# %% ../nbs/16_downstream.ipynb #aff83278
+# %% ../nbs/16_downstream.ipynb #b8935fd1
 def notes(scored: Scored, lost: np.ndarray, resamples: int) -> Iterator[str]:
     "What to know about each label's numbers."
     for reason, stopped, count in zip(scored.reasons, scored.stopped, lost, strict=True):
@@ -131,7 +131,7 @@ def score_table(
     seed: int = 0,  # of the resamples
 ) -> pd.DataFrame:  # label, positives, patients (who have it), balanced_accuracy, auroc, their _low and _high, note
     "How well each label is found, and all of them on average."
-    who, y, lost = np.asarray(patients), scored.truth.to_numpy(), np.zeros(len(scored.reasons), int)
+    who, y, lost = np.asarray(patients), scored.truth.to_numpy(dtype=bool), np.zeros(len(scored.reasons), int)
     values = {"": with_mean(measure(scored, np.ones((1, len(who))))[0])}
     if resamples:
         values["_low"], values["_high"], lost = intervals(scored, who, resamples, seed)

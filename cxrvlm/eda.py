@@ -123,7 +123,7 @@ def insert_terms(
             pieces[i + 1 : i + 1] = [" ", new]
     return pieces
 
-# %% ../nbs/06c_eda.ipynb #07f61001
+# %% ../nbs/06c_eda.ipynb #5e7739c9
 def swap_terms(
     pieces: list[str],  # from `join_terms`
     n: int,  # swaps
@@ -132,10 +132,10 @@ def swap_terms(
 ) -> list[str]:
     "Let two terms of a phrase trade places, n times."
     pieces = list(pieces)
-    pairs = [(i, [j for j in run if j != i]) for run in phrases(pieces, synonyms) for i in run if len(run) > 1]
-    for _ in range(n if pairs else 0):
-        i, others = pick(pairs, rng)
-        j = pick(others, rng)
+    places = [(i, run) for run in phrases(pieces, synonyms) for i in run if len(run) > 1]
+    for _ in range(n if places else 0):
+        i, run = pick(places, rng)
+        j = pick([j for j in run if j != i], rng)
         pieces[i], pieces[j] = pieces[j], pieces[i]
     return pieces
 

@@ -221,9 +221,9 @@ def gain_table(
         "seeds with a gain": [f"{g.up} of {g.seeds}" for g in gains.itertuples()],
     })
 
-# %% ../nbs/17_results.ipynb #e4efb957
+# %% ../nbs/17_results.ipynb #b5999631
 def placements(
-    scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N], rows a to b of the similarities; own pairs on the diagonal
+    scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N]; own pairs on the diagonal
     n: int,  # N, number of pairs
 ) -> np.ndarray:  # v [N]; the mean is AUROC
     "What each pair contributes to AUROC."
@@ -233,17 +233,17 @@ def placements(
 
     def others(a, b):
         block, mine = scores(a, b).cpu().contiguous(), torch.eye(b - a, n, dtype=torch.bool).roll(a, 1)
-        below, upto = (torch.searchsorted(ordered, block, right=side) for side in (False, True))  # own pairs < z, and <= z
-        lost = (1 - (below + upto) / (2.0 * n)).double().masked_fill(mine, 0)  # share of own pairs above z; ties one half
+        below, upto = (torch.searchsorted(ordered, block, right=side) for side in (False, True))  # own pairs < z, <= z
+        lost = (1 - (below + upto).double() / (2 * n)).masked_fill(mine, 0)  # share above z; ties one half
         counts = [torch.bincount(places[~mine], minlength=n + 1) for places in (below, upto)]
         return lost.sum(1), lost.sum(0), counts[0] + counts[1]
 
     r, c, counts = zip(*map_blocks(others, n, rows), strict=True)
-    won = sum(counts).cumsum(0)[torch.searchsorted(ordered, own)] / (2 * n * (n - 1))  # a
+    won = sum(counts).cumsum(0)[torch.searchsorted(ordered, own)].double() / (2 * n * (n - 1))  # a
     spread = (torch.cat(r) + sum(c)) / (n - 1)
-    return (won + spread - 2 * won.double().mean()).numpy()
+    return (won + spread - 2 * won.mean()).numpy()
 
-# %% ../nbs/17_results.ipynb #2a6e147d
+# %% ../nbs/17_results.ipynb #b776e165
 def placement_table(
     images: Embedding,  # of N images, from `embed_pairs`
     texts: Embedding,  # of their N reports
@@ -261,7 +261,8 @@ def placement_table(
         else:
             Z = local_matrix(images, texts, settings.tau2, settings.tau3, settings.length_norm, path, device)
             scores = partial(lambda Z, a, b: Z[a:b], Z)
-        parts.append(pd.DataFrame({"patient_id": list(patients), "matching": matching, "value": placements(scores, len(patients))}))
+        value = placements(scores, len(patients))
+        parts.append(pd.DataFrame({"patient_id": list(patients), "matching": matching, "value": value}))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/17_results.ipynb #ead3e974
@@ -282,7 +283,7 @@ def read_beside(
             parts[-1] = parts[-1].assign(arm=run["arm"], fraction=run["fraction"], seed=run["seed"])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
-# %% ../nbs/17_results.ipynb #da8e7369
+# %% ../nbs/17_results.ipynb #49bd3a2f
 def seed_weights(
     seeds: int,  # S
     resamples: int,  # R
@@ -307,26 +308,29 @@ def resampled_means(
     "Means over drawn seeds and patients; a draw is the same for all C quantities."
     C, S, P = sums.shape
     of_seeds, draws = seed_weights(S, resamples, seed, widen), []
-    for weights in patient_weights(np.arange(P), resamples, seed):  # [block, P]
+    blocks = patient_weights(np.arange(P), resamples, seed) if P > 1 else [np.ones((resamples, 1))]
+    for weights in blocks:  # [block, P]
         means = sums.reshape(C * S, P) @ weights.T / (weights @ reports)
         start = sum(part.shape[1] for part in draws)
         draws.append(np.einsum("csr,rs->cr", means.reshape(C, S, -1), of_seeds[start : start + len(weights)]))
     return np.concatenate(draws, axis=1)
 
-# %% ../nbs/17_results.ipynb #1586517b
+# %% ../nbs/17_results.ipynb #8bbe2276
 def patient_sums(
     table: pd.DataFrame,  # from `read_beside(..., "placements.csv")`
-) -> tuple[pd.DataFrame, pd.Series]:  # rows (arm, matching, fraction, seed), a column for each patient: the sum; reports of each patient
+) -> tuple[pd.DataFrame, pd.Series]:  # of each run (rows) and patient (columns); reports of each patient
     "The contributions of each patient's reports, added up, run by run."
     keys = ["arm", "matching", "fraction", "seed"]
     groups = table.groupby([*keys, "patient_id"]).value
-    sums, counts = groups.sum().unstack(), groups.size().unstack()
+    sums, counts = groups.sum().unstack(), groups.size().unstack(fill_value=0)
     other = counts.index[(counts != counts.iloc[0]).any(axis=1)]
     if len(other):
         names = ", ".join(f"{key} = {value}" for key, value in zip(keys, other[0], strict=True))
-        raise ValueError(f"placements: the run {names} was tested on other patients than the first; evaluate it on the same test set")
+        raise ValueError(f"placements: the run {names} was tested on other patients than the first; "
+                         "evaluate it on the same test set")
     return sums, counts.iloc[0]
 
+# %% ../nbs/17_results.ipynb #f927b4f1
 def hierarchical_bootstrap(
     table: pd.DataFrame,  # from `read_beside(..., "placements.csv")`
     arm: str,
@@ -420,7 +424,7 @@ def plot_fractions(
     ax.set(xlabel="training pairs (of all)", ylabel=label)
     ax.legend(fontsize=8, edgecolor="none", framealpha=0.8)
 
-# %% ../nbs/17_results.ipynb #d83fb51c
+# %% ../nbs/17_results.ipynb #bd2865e6
 def save_table(
     table: pd.DataFrame,  # what it shows
     output: str | Path,  # folder
@@ -431,7 +435,8 @@ def save_table(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False)
-    cells = cells or {str(heading): ["" if pd.isna(cell) else str(cell) for cell in column] for heading, column in table.items()}
+    if cells is None:
+        cells = {str(name): ["" if pd.isna(cell) else str(cell) for cell in column] for name, column in table.items()}
     (folder / f"{name}.md").write_text(markdown(cells) + "\n", encoding="utf-8")
 
 # %% ../nbs/17_results.ipynb #3f484b9a

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'TILE', 'CAPTION', 'Usage', 'read_usage', 'open_model', 'files_below', 'image_refs', 'table_refs',
-           'query_tokens', 'read_batch', 'similarities', 'search', 'ranked', 'printable', 'caption_font',
+           'query_tokens', 'read_batch', 'similarities', 'search', 'printable', 'ranked', 'caption_font',
            'contact_sheet', 'report_failed', 'check_sheet', 'search_command']
 
-# %% ../nbs/18_search.ipynb #4a3e1199
+# %% ../nbs/18_search.ipynb #b18c095f
 import contextlib
 import io
 import json
@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from .encoders import DualEncoder
 from .images import ImageError, read_image, to_float
-from .losses import global_similarity
 from .local import local_similarity
+from .losses import global_similarity
 from .settings import Arm, Settings
 from .studies import read_any
 from .text import token_lengths, token_limit, tokenize
@@ -71,7 +71,7 @@ def read_usage(
     raise ValueError(f"{folder} has no usage.json, and no result.json lies beside it: nothing says which image size "
                      "the model needs. Copy one of them there from the run")
 
-# %% ../nbs/18_search.ipynb #28b0bdbe
+# %% ../nbs/18_search.ipynb #d58c1e33
 def open_model(
     folder: str | Path,  # a run's folder `model`, or the run's
 ) -> tuple[DualEncoder, Usage]:  # in evaluation mode
@@ -81,7 +81,8 @@ def open_model(
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         there = "the folder has no" if folder.is_dir() else "there is no such folder, so no"
-        raise ValueError(f"{folder} is no trained model: {there} {' and no '.join(missing)}. Give a run's folder `model`")
+        names = " and no ".join(missing)
+        raise ValueError(f"{folder} is no trained model: {there} {names}. Give a run's folder `model`")
     usage = read_usage(folder)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # huggingface_hub says where it reads
@@ -179,7 +180,7 @@ def similarities(
     options = usage.tau2, usage.tau3, usage.length_norm
     return local_similarity(images.local, text.local, text.mask, *options)[:, 0].tolist()
 
-# %% ../nbs/18_search.ipynb #66cc6fef
+# %% ../nbs/18_search.ipynb #c853751d
 @torch.no_grad()
 def search(
     model: DualEncoder,
@@ -206,31 +207,32 @@ def search(
         failed |= bad
         if there:
             scores |= zip(there, similarities(model, pixels, query, usage, matching), strict=True)
-    return ranked(scores, failed, k), pd.DataFrame(failed.items(), columns=["image", "reason"], dtype=str)
-
-def ranked(
-    scores: dict[str, float],  # image -> similarity
-    failed: dict[str, str],  # image -> reason
-    k: int,
-) -> pd.DataFrame:  # image, similarity, rank
-    "The k most similar images; of equal ones the first."
-    if not scores:
-        ref, reason = next(iter(failed.items()))
-        raise ValueError(f"none of the {len(failed)} files can be read as an image, e.g. {ref}: {reason}")
-    table = pd.DataFrame(scores.items(), columns=["image", "similarity"])
-    if not np.isfinite(table.similarity).all():
-        raise ValueError("the similarities are NaN or infinite. Has the model's training diverged?")
-    best = table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)[:k]
-    return best.assign(rank=np.arange(1, len(best) + 1))
-
-# %% ../nbs/18_search.ipynb #e8b7d0b5
-COLUMNS, TILE, CAPTION = 4, 220, 34  # pixels
+    return ranked(scores, failed, k), pd.DataFrame(failed.items(), columns=["image", "reason"], dtype=object)
 
 def printable(
     name: str,  # of a file
 ) -> str:
     "A file's name as it can be printed, whatever is in it."
     return "".join(char if char.isprintable() else "?" for char in name)
+
+def ranked(
+    scores: dict[str, float],  # image -> similarity
+    failed: dict[str, str],  # image -> reason
+    k: int,
+) -> pd.DataFrame:  # image, similarity, rank
+    "The k most similar images."
+    if not scores:
+        ref, reason = next(iter(failed.items()))
+        raise ValueError(f"none of the {len(failed)} files can be read as an image, e.g. {printable(ref)}: {reason}")
+    names = pd.Series(list(scores), dtype=object)  # pandas' own type of text refuses some names of files
+    table = pd.DataFrame({"image": names, "similarity": list(scores.values())})
+    if not np.isfinite(table.similarity).all():
+        raise ValueError("the similarities are NaN or infinite. Has the model's training diverged?")
+    best = table.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)[:k]
+    return best.assign(rank=np.arange(1, len(best) + 1))
+
+# %% ../nbs/18_search.ipynb #f6cd2c67
+COLUMNS, TILE, CAPTION = 4, 220, 34  # pixels
 
 def caption_font() -> ImageFont.FreeTypeFont:
     "A font that comes with matplotlib and has most alphabets."

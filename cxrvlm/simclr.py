@@ -163,10 +163,10 @@ def save_backbone(
     state = {key: value.cpu().contiguous() for key, value in state.items()}  # the format knows one order of axes
     write_atomically(path, lambda temporary: safetensors.torch.save_file(state, temporary))
 
-# %% ../nbs/11_simclr.ipynb #eeec1e37
+# %% ../nbs/11_simclr.ipynb #9813ea15
 def image_suffixes() -> set[str]:
-    "The suffixes of all formats that Pillow reads, e.g. .png."
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    "The suffixes of all formats that can be read, e.g. .png or .dcm."
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".dcm", ".dicom"}
 
 def folder_images(
     folder: str | Path,
@@ -181,5 +181,5 @@ def folder_images(
     names = [file for file in files if Path(file).suffix.lower() in known]
     if not names:
         other = f"none of its {len(files)} files, e.g. {files[0]}, is one" if files else "it holds no files"
-        raise ImageError(folder, f"there are no images that Pillow reads: {other}; convert DICOM to PNG first")
+        raise ImageError(folder, f"there are no images that can be read: {other}; a DICOM file needs the suffix .dcm")
     return pd.DataFrame({"study_id": names, "image": names})

@@ -3,7 +3,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cxrvlm.settings import SettingsError, digest, load_arm, load_settings, preset_names, read_ini, replace, stage_digest
+from cxrvlm.settings import (
+    SettingsError,
+    digest,
+    load_arm,
+    load_settings,
+    preset_names,
+    read_ini,
+    replace,
+    stage_digest,
+)
 
 KEYS = sorted(load_settings("paper").model_dump().keys() - {"preset"})
 

@@ -1,0 +1,145 @@
+"""DICOM: pydicom's own files of every kind, and what a detector writes."""
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
+
+from cxrvlm.dicom import DicomError, is_dicom, read_dicom
+from cxrvlm.images import ImageError, ImageStore, read_image
+from cxrvlm.studies import load_table
+
+FILES = {path.name: path for path in (Path(pydicom.__file__).parent / "data/test_files").glob("*.dcm")}
+FEW = settings(deadline=None, max_examples=30, derandomize=True)
+
+
+def gradient(low=0, high=4095, height=40, width=60):
+    return np.linspace(low, high, height * width).reshape(height, width).round().astype(int)
+
+
+def store(path, values, **tags):
+    "Write 16-bit values as a DICOM file."
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = DigitalXRayImageStorageForPresentation, "1.2.3"
+    dataset = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 1, 16, 16, 15
+    dataset.PixelRepresentation = int(values.min() < 0)
+    dataset.PixelData = values.astype(np.int16 if values.min() < 0 else np.uint16).tobytes()
+    for name, value in ({"PhotometricInterpretation": "MONOCHROME2"} | tags).items():
+        setattr(dataset, name, value)
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_pydicoms_own_files_give_a_picture_or_a_reason(name):
+    "Compressed in all ways, big-endian, in colours, damaged, and no pictures at all."
+    try:
+        square = read_image(FILES[name], 32)
+        assert square.shape == (32, 32) and square.dtype == np.uint8 and np.ptp(square) > 0
+    except ImageError as error:
+        assert name in str(error) and "Traceback" not in str(error) and len(error.reason) > 10
+    except Exception as error:
+        pytest.fail(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("rtplan.dcm", "without a picture"), ("test-SR.dcm", "without a picture"), ("SC_rgb_rle_2frame.dcm", "has 2 frames"),
+    ("JPGExtended.dcm", "cannot read its compression, JPEG Extended"), ("MR_truncated.dcm", "cannot be decoded"), ("SC_rgb_small_odd.dcm", "3 x 3 px"),
+])  # fmt: skip
+def test_the_reason_is_a_sentence(name, reason):
+    with pytest.raises(ImageError, match=reason):
+        read_image(FILES[name], 32)
+
+
+@pytest.mark.parametrize("name", ["SC_rgb_jpeg_gdcm.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "examples_palette.dcm"])
+def test_common_compressions_are_read(name):
+    assert read_image(FILES[name], 32).std() > 5
+
+
+def test_one_picture_in_five_encodings():
+    expected = np.asarray(read_dicom(FILES["MR_small.dcm"]))
+    for name in ("MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"):
+        assert np.array_equal(np.asarray(read_dicom(FILES[name])), expected), name
+
+
+def test_the_name_does_not_matter(tmp_path):
+    store(tmp_path / "IM0001", gradient())
+    (tmp_path / "a.dcm").write_bytes(b"DICM" * 50)
+    assert is_dicom(tmp_path / "IM0001")
+    assert np.ptp(read_image("IM0001", 32, tmp_path).astype(int)) > 250
+    with pytest.raises(ImageError):
+        read_image("a.dcm", 32, tmp_path)
+
+
+def test_monochrome1_is_the_negative(tmp_path):
+    values = gradient()
+    plain, turned = (np.asarray(read_dicom(store(tmp_path / kind, values, PhotometricInterpretation=kind))) for kind in ("MONOCHROME2", "MONOCHROME1"))
+    assert np.array_equal(plain, -turned)
+
+
+def test_padding_is_black_and_takes_no_part_in_the_range(tmp_path):
+    values = gradient(1000, 1400)
+    values[:4] = 65535
+    for kind in ("MONOCHROME2", "MONOCHROME1"):
+        square = read_image(store(tmp_path / kind, values, PixelPaddingValue=65535, PhotometricInterpretation=kind), 40)
+        assert square[:3].max() == 0 and square[6:].max() > 230
+
+
+@FEW
+@given(st.integers(200, 3800), st.integers(10, 2000), st.sampled_from([(1, 0), (2, -1024), (0.5, 3)]))
+def test_a_window_is_a_ramp(tmp_path_factory, centre, width, line):
+    "DICOM PS3.3, C.11.2.1.2, on rescaled values."
+    values, (slope, intercept) = gradient(), line
+    path = tmp_path_factory.mktemp("window") / "x"
+    shown = np.asarray(read_dicom(store(path, values, WindowCenter=centre, WindowWidth=width, RescaleSlope=slope, RescaleIntercept=intercept)))
+    x = values * slope + intercept
+    ramp = ((x - (centre - 0.5)) / (width - 1) + 0.5).clip(0, 1)
+    if np.ptp(shown) == 0:
+        assert np.ptp(ramp) == 0
+    else:
+        scaled = (shown - shown.min()) / np.ptp(shown)
+        assert np.allclose(scaled, (ramp - ramp.min()) / np.ptp(ramp), atol=2e-3)
+
+
+def test_signed_values(tmp_path):
+    square = read_image(store(tmp_path / "x", gradient(-1024, 3071)), 32).astype(int)
+    assert square.min() < 10 and square.max() > 245 and (np.diff(square[:, 16]) >= 0).all()
+
+
+@FEW
+@given(st.integers(0, 2**31), st.integers(1, 40))
+def test_a_damaged_file_gives_an_image_or_an_image_error(tmp_path_factory, seed, hits):
+    path = store(tmp_path_factory.mktemp("damaged") / "x.dcm", gradient())
+    content, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
+    for place in rng.integers(132, 700, hits):
+        content[place] = rng.integers(256)
+    path.write_bytes(content[: rng.integers(len(content) // 2, len(content) + 1)])
+    try:
+        assert read_image(path, 32).shape == (32, 32)
+    except ImageError as error:
+        assert str(path) in str(error)
+
+
+def test_a_table_of_dicom_files(tmp_path):
+    "Wherever an image does: table, store."
+    for number in range(30):
+        store(tmp_path / f"{number}.dcm", np.roll(gradient(), number * 50), PhotometricInterpretation="MONOCHROME1")
+    rows = "".join(f"{n}.dcm,p{n},Effusion {n}.\n" for n in range(30))
+    (tmp_path / "mine.csv").write_text("image,patient_id,report\n" + rows)
+    studies, _ = load_table(tmp_path / "mine.csv")
+    built = ImageStore.build(studies.image.tolist(), tmp_path / "store", 32)
+    assert len(built) == 30 and built.failed.empty
+
+
+def test_a_missing_decoder_names_what_to_install(monkeypatch):
+    from pydicom.pixels import decoders
+    monkeypatch.setattr(decoders.JPEGLosslessSV1Decoder, "_available", {})
+    with pytest.raises(DicomError, match=r"JPEG Lossless.*pip install 'cxrvlm\[dicom\]'"):
+        read_dicom(FILES["SC_rgb_jpeg_gdcm.dcm"])
