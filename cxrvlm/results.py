@@ -265,7 +265,7 @@ def placement_table(
         parts.append(pd.DataFrame({"patient_id": list(patients), "matching": matching, "value": value}))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/17_results.ipynb #ead3e974
+# %% ../nbs/17_results.ipynb #8554b703
 def read_beside(
     root: str | Path,  # as for `read_results`: a folder with runs below it, or a table of them
     name: str,  # placements.csv or downstream.csv
@@ -273,8 +273,8 @@ def read_beside(
     "A table that lies in each run's folder, or for all runs beside the table of the runs."
     as_text, root = {"patient_id": str}, Path(root)
     if root.suffix == ".csv":
-        path = root.with_name(name)
-        return pd.read_csv(path, dtype=as_text) if path.is_file() else pd.DataFrame()
+        paths = [path for path in (root.with_name(name), root.with_name(f"{name}.gz")) if path.is_file()]
+        return pd.read_csv(paths[0], dtype=as_text) if paths else pd.DataFrame()
     parts = []
     for path in sorted(root.rglob("result.json")):
         if path.with_name(name).is_file():
