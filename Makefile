@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run openi-images test gpu-test lab outputs results clean
+.PHONY: help install demo run figures openi-images test gpu-test lab outputs results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: install ## train on Open-i's reports with phantoms, and draw the curve: 8 
 run: install ## train all runs of PRESET and draw its figures: make run PRESET=openi
 	@snakemake --cores $(CORES) $(PRESET)
 	@echo && cat $(RUNS)/$(PRESET)/figures/retrieval_curve.txt && echo && ls $(RUNS)/$(PRESET)/figures/*.png
+
+figures: install ## draw all figures, tables and claims of PRESET, from runs/ or results/
+	@cxrvlm figures $(PRESET)
 
 openi-images: install ## download Open-i's own images (1.3 GB) into data/openi, and check each
 	@python -m cxrvlm.download data/openi

@@ -60,7 +60,7 @@ def generate(root: Path) -> None:
     hidden = {"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide-input"}}}
     text, _ = MarkdownExporter(config=Config(hidden)).from_filename(root / "nbs/index.ipynb")
     text = re.sub(r"\n{3,}", "\n\n", text)
-    text = text.replace("](../", "](").replace("](0", "](nbs/0").replace("](1", "](nbs/1")
+    text = text.replace("](../", "](").replace("](0", "](nbs/0").replace("](1", "](nbs/1").replace("](2", "](nbs/2")
     (root / "README.md").write_text("<!-- Generated from nbs/index.ipynb by `make outputs`: edit that. -->\n\n" + text.strip() + "\n")
 
 
