@@ -227,7 +227,7 @@ def ask_about_labels(report: Report, studies: pd.DataFrame) -> None:
         if nobody:
             report.add("warning", "labels", f"no number can be given for those that nobody has: {some(nobody, 14)}")
 
-# %% ../nbs/07b_check.ipynb #044a45ba
+# %% ../nbs/07b_check.ipynb #97116444
 def read_for_check(report: Report, path: Path, root: Path | None, encoding: str) -> pd.DataFrame | None:
     "The table, split; what `load_table` says becomes remarks."
     with warnings.catch_warnings(record=True) as told:
@@ -248,6 +248,7 @@ def read_for_check(report: Report, path: Path, root: Path | None, encoding: str)
     report.add("note", "split", "the table's own column" if own else "by patient, seed 0: the table has no column split")
     return studies
 
+# %% ../nbs/07b_check.ipynb #34437cdf
 def check_table(
     path: str | Path,  # CSV or parquet, as for `load_table`
     settings: Settings,  # its image_size, batch_size, tokenizer and max_tokens are what the table is held against

@@ -28,7 +28,7 @@ from cxrvlm.results import (
 )
 from .settings import from_root
 
-# %% ../nbs/17a_claims.ipynb #c439f0ed
+# %% ../nbs/17a_claims.ipynb #23c1a326
 PARTS = ["what", "fraction", "value", "low", "high", "threshold", "shown", "seeds"]
 
 def part(
@@ -49,6 +49,7 @@ def part(
         shown += f" ({text(low)} to {text(high)})"
     return dict(zip(PARTS, (what, fraction, float(value), low, high, threshold, shown, seeds), strict=True))
 
+# %% ../nbs/17a_claims.ipynb #c5387351
 def verdict(
     parts: pd.DataFrame,  # rows made by `part`
     exceptions: int = 0,  # sizes that may fail in each comparison, of three or more
@@ -119,7 +120,7 @@ def paper_evidence(
     values = rows.assign(value=rows.value / 100, matching="global", seed=0).set_index(INDEX).value.sort_index()
     return Evidence(f"paper, {name.replace('_', ' ').capitalize()}", values, None, None, 0.0005, True)
 
-# %% ../nbs/17a_claims.ipynb #f3f603cf
+# %% ../nbs/17a_claims.ipynb #0641e279
 class Untested(Exception):
     "There are no runs to test a claim on: which ones, and how to make them."
 
@@ -136,6 +137,7 @@ def by_seed(evidence: Evidence, cell: Cell) -> pd.Series:
         return evidence.values.xs((cell.measure, cell.arm), level=("measure", "arm"))
     return evidence.values.loc[tuple(cell)]
 
+# %% ../nbs/17a_claims.ipynb #7a2eaf52
 def joint_draws(
     evidence: Evidence,
     cells: list[Cell],  # C different ones
@@ -162,7 +164,7 @@ def joint_draws(
         draws = np.full_like(draws, np.nan)
     return sums.sum((1, 2)) / len(seeds) / reports.sum(), draws, len(seeds)
 
-# %% ../nbs/17a_claims.ipynb #06d9661c
+# %% ../nbs/17a_claims.ipynb #64856b1c
 def listed(names) -> str:
     "Names for a shell: one as it is, several in braces."
     names = [f"{name:g}" if isinstance(name, float) else str(name) for name in names]
@@ -185,6 +187,7 @@ def how_to_make(
     path = f"runs/{evidence.name}/{listed(arms)}/{listed(fractions)}/{listed(seeds)}/result.json"
     return f"no runs of {names}: .venv/bin/snakemake --cores 2 {path}"
 
+# %% ../nbs/17a_claims.ipynb #8d9d162e
 def fractions_of(
     evidence: Evidence,
     measure: str,

@@ -35,7 +35,7 @@ def figures(options: argparse.Namespace) -> int:
         print(f"{name}: {reason or 'drawn'}")
     return int(any(reason.startswith("FAILED") for reason in reasons.values()))
 
-# %% ../nbs/19_cli.ipynb #0d14baee
+# %% ../nbs/19_cli.ipynb #20a31bf3
 def make_parser() -> argparse.ArgumentParser:
     "The commands and their options."
     parser = argparse.ArgumentParser("cxrvlm", description="Image-report models on a few thousand pairs.")
@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     three.set_defaults(run=figures)
     return parser
 
+# %% ../nbs/19_cli.ipynb #a993bf6b
 def main(arguments: list[str] | None = None) -> int:
     "Run a command; an error is a sentence and exit code 2."
     options = make_parser().parse_args(arguments)

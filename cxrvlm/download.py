@@ -82,7 +82,7 @@ def attempt(
         raise ConnectionError(f"{have:,} of {total:,} bytes came")
     return have
 
-# %% ../nbs/03a_download.ipynb #69503f0e
+# %% ../nbs/03a_download.ipynb #5d24af8c
 def download(
     url: str,
     path: str | Path,  # where the file goes; path.part meanwhile
@@ -113,6 +113,7 @@ def download(
             raise DownloadError(f"{part} cannot be written ({error.strerror}): make room, and the same command goes on") from None
     return path
 
+# %% ../nbs/03a_download.ipynb #5d54e4d2
 def check_sum(
     path: Path,
     sha256: str,  # hexadecimal; empty: unknown
@@ -126,7 +127,7 @@ def check_sum(
         path.unlink()
         raise DownloadError(f"{path.name} has the SHA-256 {found}, and {sha256} was expected: it was removed; start again")
 
-# %% ../nbs/03a_download.ipynb #e83793b5
+# %% ../nbs/03a_download.ipynb #ab1f0301
 def unpack_image(
     archive: tarfile.TarFile,
     member: tarfile.TarInfo,
@@ -145,6 +146,7 @@ def unpack_image(
     os.replace(temporary, target)
     return True
 
+# %% ../nbs/03a_download.ipynb #a49c770a
 def unpack_openi(
     path: str | Path,  # NLMCXR_png.tgz
     folder: str | Path,  # where the images go
@@ -171,7 +173,7 @@ def unpack_openi(
         raise DownloadError(f"{path} is damaged ({reason}): delete it and start again; the images that were unpacked stay") from None
     return found
 
-# %% ../nbs/03a_download.ipynb #51fa1afe
+# %% ../nbs/03a_download.ipynb #2b821369
 OPENI_PNG = "https://openi.nlm.nih.gov/imgs/collections/NLMCXR_png.tgz"
 
 def download_openi(
@@ -191,6 +193,7 @@ def download_openi(
     rows.append(("named in a report, and not in the archive", len(missing), ", ".join(missing[:3])))
     return pd.DataFrame(rows, columns=["images", "count", "for example"])
 
+# %% ../nbs/03a_download.ipynb #d197847b
 def main(arguments: list[str] | None = None) -> int:
     "The command behind `make openi-images`."
     parser = argparse.ArgumentParser("python -m cxrvlm.download", description="Download Open-i's images.")

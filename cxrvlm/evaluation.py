@@ -28,7 +28,7 @@ class Evaluation:
     placements: pd.DataFrame  # patient_id, matching, value
     downstream: pd.DataFrame  # task, label, positives, balanced_accuracy, ...; empty without labels
 
-# %% ../nbs/17b_evaluation.ipynb #2dbc5d67
+# %% ../nbs/17b_evaluation.ipynb #bd10fe92
 def downstream_table(
     tables: dict[str, pd.DataFrame],  # from `downstream_metrics`
     matchings: tuple[str, ...],  # that the model was trained for
@@ -55,6 +55,7 @@ def evaluate(
     _, tables = downstream_metrics(model, studies, store, settings)
     return Evaluation(metrics, placed, downstream_table(tables, matchings))
 
+# %% ../nbs/17b_evaluation.ipynb #876f87f1
 @patch
 def save(
     self: Evaluation,

@@ -91,7 +91,7 @@ def open_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the model in {folder} cannot be read ({reason}). Copy it again from the run") from None
 
-# %% ../nbs/18_search.ipynb #aa12444c
+# %% ../nbs/18_search.ipynb #6c226404
 def files_below(
     folder: Path,
 ) -> list[str]:  # paths inside the folder, sorted
@@ -120,6 +120,7 @@ def image_refs(
         raise ValueError(f"there are no images in {images if root else 'the list'}")
     return refs, root
 
+# %% ../nbs/18_search.ipynb #020e182b
 def table_refs(
     path: Path,  # .csv or .parquet
 ) -> list[str]:
@@ -180,7 +181,7 @@ def similarities(
     options = usage.tau2, usage.tau3, usage.length_norm
     return local_similarity(images.local, text.local, text.mask, *options)[:, 0].tolist()
 
-# %% ../nbs/18_search.ipynb #c853751d
+# %% ../nbs/18_search.ipynb #225a82d7
 @torch.no_grad()
 def search(
     model: DualEncoder,
@@ -209,6 +210,7 @@ def search(
             scores |= zip(there, similarities(model, pixels, query, usage, matching), strict=True)
     return ranked(scores, failed, k), pd.DataFrame(failed.items(), columns=["image", "reason"], dtype=object)
 
+# %% ../nbs/18_search.ipynb #8d5b2f90
 def printable(
     name: str,  # of a file
 ) -> str:
@@ -256,7 +258,7 @@ def contact_sheet(
         draw.text((x + 4, y + TILE - 1), caption, fill=0, font=font, spacing=2)
     return sheet
 
-# %% ../nbs/18_search.ipynb #b9318f94
+# %% ../nbs/18_search.ipynb #e4282d2b
 def report_failed(
     failed: pd.DataFrame,  # image, reason
     most: int = 10,  # how many to name
@@ -275,6 +277,7 @@ def check_sheet(
     if not sheet.absolute().parent.is_dir():
         raise ValueError(f"no contact sheet can be written to {sheet}: there is no folder {sheet.parent}")
 
+# %% ../nbs/18_search.ipynb #ee63a61b
 def search_command(
     model: Path,  # a run's folder `model`
     images: Path,  # a folder, or a table with a column `image`

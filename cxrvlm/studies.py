@@ -409,7 +409,7 @@ def name_texts(
     table = table if "findings" in table else table.assign(findings="")
     return table.assign(**{name: table[name].map(lambda text: " ".join(text.split())) for name in ("findings", "impression")})
 
-# %% ../nbs/02a_table.ipynb #e0ed67f2
+# %% ../nbs/02a_table.ipynb #fa14cb93
 BLANKS = ["", "nan", "na", "n/a", "none", "null"]
 NUMBERS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
@@ -429,6 +429,7 @@ def read_label(
         raise StudiesError(f"{path}, label {column.name}: {column[fits[~fits].index[0]][:20]!r} in {where}; use 1, 0, -1 or blank")
     return values.reindex(column.index).astype(float)
 
+# %% ../nbs/02a_table.ipynb #0a2d6a1f
 SPLIT_NAMES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 
 def read_labels_and_split(

@@ -75,6 +75,29 @@ def test_an_arm_has_the_metrics_of_what_it_trains_and_leaves_its_neighbours(runs
     assert {f"train_{term}" for term in ("infonce", "gloria", "iss", "tss", "mvs_infonce", "mvs_gloria")} <= set(history)
 
 
+def test_a_run_leaves_what_the_intervals_and_the_downstream_tables_need(runs):
+    metrics = json.loads((runs / SHOWN / "result.json").read_text())["metrics"]
+    placed = pd.read_csv(runs / SHOWN / "placements.csv")
+    means = placed.groupby("matching").value.mean()
+    assert means["global"] == pytest.approx(metrics["auroc"], abs=1e-4) and means["local"] == pytest.approx(metrics["local_auroc"], abs=1e-4)
+    assert set(pd.read_csv(runs / SHOWN / "downstream.csv").task) == {"zero-shot", "probe"}
+    assert (runs / "smoke/figures/placements.csv.gz").exists() and (runs / "smoke/figures/downstream.csv").exists()
+
+
+def test_a_model_has_a_card(runs):
+    card = (runs / SHOWN / "model/README.md").read_text().lower()
+    assert all(words in card for words in ("not for diagnosis", "smoke", "ours", "auroc")), card
+
+
+def test_all_figures_are_drawn_or_say_why_not(runs):
+    process = start("cxrvlm", "figures", "smoke", "--runs", str(runs), "--output", str(runs / "smoke/all"))
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    said = dict(line.split(": ", 1) for line in output.splitlines() if ": " in line)
+    assert said.pop("grounding").startswith("there is no grounding.csv") and set(said.values()) == {"drawn"}, output
+    assert (runs / "smoke/all/claims.md").stat().st_size > 1000
+
+
 def test_evaluation_repeats_the_record(runs):
     result, evaluation = (json.loads((runs / SHOWN / f"{name}.json").read_text()) for name in ("result", "evaluation"))
     assert evaluation["metrics"] == pytest.approx(result["metrics"])
