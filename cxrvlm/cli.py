@@ -35,7 +35,7 @@ def figures(options: argparse.Namespace) -> int:
         print(f"{name}: {reason or 'drawn'}")
     return int(any(reason.startswith("FAILED") for reason in reasons.values()))
 
-# %% ../nbs/19_cli.ipynb #20a31bf3
+# %% ../nbs/19_cli.ipynb #79397205
 def make_parser() -> argparse.ArgumentParser:
     "The commands and their options."
     parser = argparse.ArgumentParser("cxrvlm", description="Image-report models on a few thousand pairs.")
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     two.add_argument("images", type=Path, help="a folder of images, or a table with the column image")
     two.add_argument("text", help='what to look for, as a report would say it: "left pleural effusion"')
     two.add_argument("--k", type=int, default=12, help="how many images (default: 12)")
-    two.add_argument("--sheet", type=Path, default=Path("search.png"), help="the contact sheet (default: search.png)")
+    two.add_argument("--sheet", type=Path, default=Path("runs/search.png"), help="the contact sheet (default: runs/search.png)")
     two.add_argument("--matching", choices=["global", "local"], default="", help="whole images with the text, or regions with words")
     two.set_defaults(run=search)
     three = commands.add_parser("figures", help="draw all figures and tables of a preset, from the runs that there are")

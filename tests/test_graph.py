@@ -96,6 +96,8 @@ def test_all_figures_are_drawn_or_say_why_not(runs):
     said = dict(line.split(": ", 1) for line in output.splitlines() if ": " in line)
     assert said.pop("grounding").startswith("there is no grounding.csv") and set(said.values()) == {"drawn"}, output
     assert (runs / "smoke/all/claims.md").stat().st_size > 1000
+    for name in ("retrieval_curve.svg", "figure_3.png", "figure_3.svg", "figure_4.png", "ablation.svg", "placements.csv.gz"):
+        assert (runs / "smoke/all" / name).read_bytes() == (runs / "smoke/figures" / name).read_bytes(), f"{name} differs when drawn again"
 
 
 def test_evaluation_repeats_the_record(runs):
