@@ -80,9 +80,9 @@ def locate(
         f"(weights = {folder} in settings.ini)"
     )
 
-# %% ../nbs/06a_weights.ipynb #fb6f809d
+# %% ../nbs/06a_weights.ipynb #8dbb68b8
 FILES = ["config.json", "*.txt", "tokenizer*.json", "special_tokens_map.json"]  # BERT's shape and vocabulary
-WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")  # the first that is there is read
+WEIGHTS = ("open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin")  # the first that is there: open_clip's has both towers of CLIP
 
 def fetch(
     name: str,  # as for `locate`
