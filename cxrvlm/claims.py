@@ -137,7 +137,7 @@ def by_seed(evidence: Evidence, cell: Cell) -> pd.Series:
         return evidence.values.xs((cell.measure, cell.arm), level=("measure", "arm"))
     return evidence.values.loc[tuple(cell)]
 
-# %% ../nbs/17a_claims.ipynb #7a2eaf52
+# %% ../nbs/17a_claims.ipynb #d8007675
 def joint_draws(
     evidence: Evidence,
     cells: list[Cell],  # C different ones
@@ -160,7 +160,7 @@ def joint_draws(
     if evidence.rounding:
         rng = [np.random.default_rng(zlib.crc32(repr(tuple(cell)).encode())) for cell in cells]
         draws = draws + np.stack([r.uniform(-1, 1, resamples) for r in rng]) * evidence.rounding
-    elif sums.shape[1:] == (1, 1):
+    elif len(seeds) == 1:  # its patients say nothing about another seed
         draws = np.full_like(draws, np.nan)
     return sums.sum((1, 2)) / len(seeds) / reports.sum(), draws, len(seeds)
 

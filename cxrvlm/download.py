@@ -94,7 +94,7 @@ def ask(
         reason = next((text for kind, text in REASONS.items() if isinstance(error, kind)), str(error))
         raise TryAgain(reason) from None
 
-# %% ../nbs/03a_download.ipynb #fcb49ea8
+# %% ../nbs/03a_download.ipynb #2a1d8298
 def mark_of(answer: requests.Response) -> str:
     "What tells this version of the file from another; empty if nothing does."
     marks = [answer.headers.get(name, "") for name in ("ETag", "Last-Modified")]
@@ -109,7 +109,7 @@ def check_rest(
     pattern = r"bytes (?P<first>\d+)-\d+/(?P<total>\d+)" if answer.status_code == 206 else r"bytes \*/(?P<total>\d+)"
     found, (total, mark) = re.fullmatch(pattern, said), part.noted
     if answer.status_code == 206 and not (found and part.here == int(found["first"])):
-        raise TryAgain(f"asked for the bytes from {part.here:,}, and the server sends {said or 'some without saying which'}; "
+        raise TryAgain(f"asked for the bytes from {part.here:,}, and the server sends {said or 'some others'}; "
                        f"if this goes on, delete {part.file}")
     now = answer.headers.get("ETag" if mark.startswith('"') else "Last-Modified", mark)
     length = int(found["total"]) if found else 0
@@ -337,7 +337,7 @@ def check_end(archive: tarfile.TarFile):
         if block.strip(b"\0"):
             raise tarfile.ReadError("it breaks off in the middle")
 
-# %% ../nbs/03a_download.ipynb #451b02a2
+# %% ../nbs/03a_download.ipynb #ebbc80be
 BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 def unpack_openi(
@@ -358,15 +358,16 @@ def unpack_openi(
             check_end(archive)
     except BROKEN as error:
         reason = str(error).splitlines()[0]
-        raise DownloadError(f"{path} is damaged ({reason}): delete it, and start again; what was unpacked stays") from None
+        raise DownloadError(f"{path} is damaged ({reason}): delete it, and start again") from None
     except OSError as error:
         raise os_error(folder, error) from None
     return found | {"missing": sorted(wanted)}
 
-# %% ../nbs/03a_download.ipynb #6d210639
+# %% ../nbs/03a_download.ipynb #1d781935
 OPENI_PNG = "https://openi.nlm.nih.gov/imgs/collections/NLMCXR_png.tgz"
 KINDS = {"unpacked": "unpacked", "already there": "already there", "damaged": "damaged in the archive, not kept",
-         "strangers": "of no report, or there twice: not unpacked", "refused": "links, or names that lead elsewhere: refused",
+         "strangers": "of no report, or there twice: not unpacked",
+         "refused": "links, or names that lead elsewhere: refused",
          "missing": "named in a report, not in the archive"}
 
 def count_found(
@@ -391,18 +392,18 @@ def download_openi(
     archive = download(url, folder / PurePosixPath(OPENI_PNG).name, sha256, **options)
     found = unpack_openi(archive, folder, known)
     if not found["unpacked"] + found["already there"]:
-        raise DownloadError(f"{archive} has none of Open-i's images: look what it is, delete it, and check the address {url}")
+        raise DownloadError(f"{archive} has none of Open-i's images: delete it, and check the address {url}")
     return count_found(found)
 
-# %% ../nbs/03a_download.ipynb #91efd0d7
+# %% ../nbs/03a_download.ipynb #39b26363
 def main(
     arguments: list[str] | None = None,  # None: the command line's
 ) -> int:  # the exit status
     "The command behind `make openi-images`."
-    parser = argparse.ArgumentParser("python -m cxrvlm.download", description="Download Open-i's images, and check each.")
+    parser = argparse.ArgumentParser("python -m cxrvlm.download", description="Get Open-i's images, and check each.")
     parser.add_argument("folder", type=Path, help="where the archive and the images go")
     parser.add_argument("--url", default=OPENI_PNG, help="of the archive")
-    parser.add_argument("--sha256", default="", help="of the archive, if you know it; NLM publishes none that we know of")
+    parser.add_argument("--sha256", default="", help="of the archive, if you know it; NLM publishes none")
     options = parser.parse_args(arguments)
     try:
         print(download_openi(options.folder, options.url, options.sha256).to_string(index=False))
