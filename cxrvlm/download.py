@@ -395,7 +395,7 @@ def download_openi(
         raise DownloadError(f"{archive} has none of Open-i's images: delete it, and check the address {url}")
     return count_found(found)
 
-# %% ../nbs/03a_download.ipynb #39b26363
+# %% ../nbs/03a_download.ipynb #32b2638c
 def main(
     arguments: list[str] | None = None,  # None: the command line's
 ) -> int:  # the exit status
@@ -403,7 +403,7 @@ def main(
     parser = argparse.ArgumentParser("python -m cxrvlm.download", description="Get Open-i's images, and check each.")
     parser.add_argument("folder", type=Path, help="where the archive and the images go")
     parser.add_argument("--url", default=OPENI_PNG, help="of the archive")
-    parser.add_argument("--sha256", default="", help="of the archive, if you know it; NLM publishes none")
+    parser.add_argument("--sha256", default="", help="of the archive, if you have it; we know of none from NLM")
     options = parser.parse_args(arguments)
     try:
         print(download_openi(options.folder, options.url, options.sha256).to_string(index=False))
