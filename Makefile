@@ -51,8 +51,8 @@ outputs: install ## run every notebook, store its outputs, export the package an
 
 results: ## copy the tables and the curve of PRESET from runs/ to results/, for git
 	@mkdir -p results/$(PRESET)
-	@cp $(addprefix $(RUNS)/$(PRESET)/figures/,runs.csv examples.csv retrieval_curve.svg) \
-	    $(wildcard $(addprefix $(RUNS)/$(PRESET)/figures/,neighbours.csv placements.csv.gz downstream.csv grounding.csv)) results/$(PRESET)/
+	@cp $(addprefix $(RUNS)/$(PRESET)/figures/,runs.csv retrieval_curve.svg) \
+	    $(wildcard $(addprefix $(RUNS)/$(PRESET)/figures/,examples.csv neighbours.csv placements.csv.gz downstream.csv grounding.csv)) results/$(PRESET)/
 
 clean: ## remove what make and snakemake left, except .venv and runs
 	@rm -rf .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis
