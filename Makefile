@@ -37,7 +37,7 @@ openi-images: install ## download Open-i's own images (1.3 GB) into data/openi, 
 
 test: install ## everything that CI checks, without GPU and network
 	@ruff check .
-	@HF_HUB_OFFLINE=1 pytest
+	@HF_HUB_OFFLINE=1 pytest -n 2 --dist loadfile
 
 gpu-test: install ## the tests that need a GPU
 	@pytest -m gpu
