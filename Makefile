@@ -32,7 +32,7 @@ run: install ## train all runs of PRESET and draw its figures: make run PRESET=o
 figures: install ## draw all figures, tables and claims of PRESET, from runs/ or results/
 	@cxrvlm figures $(PRESET)
 
-openi-images: install ## download Open-i's own images (1.3 GB) into data/openi, and check each
+openi-images: install ## download Open-i's own images into data/openi, and check each
 	@python -m cxrvlm.download data/openi
 
 test: install ## everything that CI checks, without GPU and network

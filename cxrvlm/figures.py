@@ -30,7 +30,7 @@ def find_runs(
         return table
     raise SettingsError(f"there are no runs of {preset}, neither below {folder} nor as {table}: make them with `make run PRESET={preset}`")
 
-# %% ../nbs/17c_figures.ipynb #1ac49f27
+# %% ../nbs/17c_figures.ipynb #dd2878e8
 def parameters_of(
     path: Path,  # a notebook
 ) -> set[str]:
@@ -38,6 +38,7 @@ def parameters_of(
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
     return {line.split(":")[0] for cell in cells for line in cell.source.splitlines() if ":" in line}
 
+# %% ../nbs/17c_figures.ipynb #bf8595d9
 BESIDE = {"examples": "examples.csv", "neighbours": "neighbours.csv", "grounding": "grounding.csv"}
 
 def values_for(

@@ -45,7 +45,7 @@ class ImageError(ValueError):
     def __str__(self):
         return f"{self.ref}: {self.reason}"
 
-# %% ../nbs/06_images.ipynb #305e54e8
+# %% ../nbs/06_images.ipynb #a13616df
 SMALLEST = 8  # pixels; no radiograph has a shorter side
 
 def decode(
@@ -74,9 +74,9 @@ def decode(
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; check it, and shrink it") from None
     except Exception as error:  # a decoder can raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        if getattr(error, "errno", None) == errno.ELOOP:
-            raise ValueError("it is a link that leads back to itself; make the link anew") from None
-        raise ValueError(f"it cannot be decoded ({error}); copy or export it again") from None
+        loop = getattr(error, "errno", None) == errno.ELOOP
+        raise ValueError("it is a link that leads back to itself; make it anew" if loop else
+                         f"it cannot be decoded ({error}); copy or export it again") from None
     if min(image.size) < SMALLEST:
         raise ValueError(f"it is {image.width} x {image.height} px, too small for a radiograph; check the export")
     return image

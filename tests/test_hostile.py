@@ -254,28 +254,30 @@ def test_each_case_is_an_error_or_counted(attempt, name, expected, tmp_path):
 # The disk
 
 
-def test_a_disk_that_is_full(tmp_path):
-    "On a file system of 1 MB, where root may make one; elsewhere under a limit on the size of a file."
-    disk, names = tmp_path / "disk", [f"phantom:{n}|normal" for n in range(40)]
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+NAMES = [f"phantom:{n}|normal" for n in range(40)]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    "A file system of 1 MB, where the user may mount one."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
-    try:
-        (disk / "other").write_bytes(bytes(800_000))
-        with pytest.raises(ValueError, match="0.0 GB are needed|make room"):
-            ImageStore.build(names, disk / "store", 128)
-        (disk / "other").unlink()
-        assert len(ImageStore.build(names, disk / "store", 128)) == 40
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_fills_while_a_store_is_written(tmp_path):
+def test_a_disk_that_is_full(disk):
+    (disk / "other").write_bytes(bytes(800_000))
+    with pytest.raises(ValueError, match="0.0 GB are needed|make room"):
+        ImageStore.build(NAMES, disk / "store", 128)
+    (disk / "other").unlink()
+    assert len(ImageStore.build(NAMES, disk / "store", 128)) == 40
+
+
+def test_a_disk_that_fills_while_a_store_is_written(disk):
     "The space is taken before the first image, so somebody else who fills the disk meanwhile cannot kill the process."
-    disk, names = tmp_path / "disk", [f"phantom:{n}|normal" for n in range(40)]
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("this user may not mount a file system")
     program = (
         "import sys; from pathlib import Path; from cxrvlm import images\n"
         "disk, read, seen = Path(sys.argv[1]), images.read_image, []\n"
@@ -289,13 +291,10 @@ def test_a_disk_that_fills_while_a_store_is_written(tmp_path):
         "try: print(len(images.ImageStore.build([f'phantom:{n}|normal' for n in range(40)], disk / 'store', 128)))\n"
         "except ValueError as error: print(error)\n"
     )
-    try:
-        done = subprocess.run([sys.executable, "-c", program, disk], capture_output=True, text=True)
-        assert done.returncode == 0 and "make room and start again" in done.stdout, done
-        (disk / "other").unlink()
-        assert len(ImageStore.build(names, disk / "store", 128)) == 40
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    done = subprocess.run([sys.executable, "-c", program, disk], capture_output=True, text=True)
+    assert done.returncode == 0 and "make room and start again" in done.stdout, done
+    (disk / "other").unlink()
+    assert len(ImageStore.build(NAMES, disk / "store", 128)) == 40
 
 
 if __name__ == "__main__":
