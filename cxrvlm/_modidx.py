@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cxrvlm.downstream.downstream_metrics': ('downstream.html#downstream_metrics', 'cxrvlm/downstream.py'),
                                    'cxrvlm.downstream.embed_for_tasks': ('downstream.html#embed_for_tasks', 'cxrvlm/downstream.py'),
                                    'cxrvlm.downstream.embed_prompts': ('downstream.html#embed_prompts', 'cxrvlm/downstream.py'),
+                                   'cxrvlm.downstream.fill_prompts': ('downstream.html#fill_prompts', 'cxrvlm/downstream.py'),
                                    'cxrvlm.downstream.fit_probe': ('downstream.html#fit_probe', 'cxrvlm/downstream.py'),
                                    'cxrvlm.downstream.intervals': ('downstream.html#intervals', 'cxrvlm/downstream.py'),
                                    'cxrvlm.downstream.linear_probe': ('downstream.html#linear_probe', 'cxrvlm/downstream.py'),

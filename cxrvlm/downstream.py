@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'LEFT_OUT', 'positive', 'weighted_scores', 'patient_weights', 'Scored', 'measure', 'with_mean',
-           'intervals', 'notes', 'score_table', 'zero_shot_margins', 'zero_shot_probabilities', 'embed_prompts',
-           'check_rows', 'zero_shot', 'fit_probe', 'rarest_label', 'probe_folds', 'too_few', 'out_of_fold',
-           'linear_probe', 'conditions', 'embed_for_tasks', 'numbers', 'downstream_metrics', 'read_patients',
-           'read_labels', 'match_labels']
+           'intervals', 'notes', 'score_table', 'zero_shot_margins', 'zero_shot_probabilities', 'fill_prompts',
+           'embed_prompts', 'check_rows', 'zero_shot', 'fit_probe', 'rarest_label', 'probe_folds', 'too_few',
+           'out_of_fold', 'linear_probe', 'conditions', 'embed_for_tasks', 'numbers', 'downstream_metrics',
+           'read_patients', 'read_labels', 'match_labels']
 
 # %% ../nbs/16_downstream.ipynb #8dd718b4
 import warnings
@@ -164,7 +164,23 @@ def zero_shot_probabilities(
     "The softmax over the two prompts."
     return expit(margins / tau)
 
-# %% ../nbs/16_downstream.ipynb #cc1c187e
+# %% ../nbs/16_downstream.ipynb #f09b3bce
+def fill_prompts(
+    tokenizer,
+    labels: Sequence[str],  # L conditions
+    templates: Sequence[str],  # T of them, e.g. {} remains visible
+    max_tokens: int,  # as in training
+) -> list[list[str]]:  # T lists of L prompts
+    "The prompts, none of which would be cut; a run asks for them before it trains."
+    filled = [[template.replace("{}", label) for label in labels] for template in templates]
+    for template, prompts in zip(templates, filled, strict=True):
+        if "{}" not in template:
+            raise ValueError(f"prompt {template!r}: write {{}} where the condition goes")
+        longest, limit = token_lengths(tokenizer, prompts).max(), token_limit(tokenizer, max_tokens)
+        if longest > limit:
+            raise ValueError(f"prompt {template!r} has {longest} tokens; max_tokens = {limit} would cut it: shorten it")
+    return filled
+
 @torch.no_grad()
 def embed_prompts(
     model,  # with embed_texts and a tokenizer
@@ -175,13 +191,7 @@ def embed_prompts(
     "One vector for each condition."
     model.eval()
     total = 0
-    for template in templates:
-        prompts = [template.replace("{}", label) for label in labels]
-        if "{}" not in template:
-            raise ValueError(f"prompt {template!r}: write {{}} where the condition goes")
-        longest, limit = token_lengths(model.tokenizer, prompts).max(), token_limit(model.tokenizer, max_tokens)
-        if longest > limit:
-            raise ValueError(f"prompt {template!r} has {longest} tokens; max_tokens = {limit} would cut it: shorten it")
+    for prompts in fill_prompts(model.tokenizer, labels, templates, max_tokens):
         tokens = tokenize(model.tokenizer, prompts, max_tokens).to(next(model.parameters()).device)
         total = total + F.normalize(model.embed_texts(tokens).pooled.float(), dim=1).cpu()
     return F.normalize(total, dim=1)
