@@ -678,6 +678,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cxrvlm.settings.TrainingSettings': ('settings.html#trainingsettings', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.VLMAugmentations': ('settings.html#vlmaugmentations', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.arm_names': ('settings.html#arm_names', 'cxrvlm/settings.py'),
+                                 'cxrvlm.settings.at_default': ('settings.html#at_default', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.check_parameters': ('settings.html#check_parameters', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.digest': ('settings.html#digest', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.explain': ('settings.html#explain', 'cxrvlm/settings.py'),
