@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import BatchEncoding, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from .losses import contrastive_loss, global_similarity
+from .packing import last_hidden_states
 from .retrieval import retrieval_metrics
 from .settings import Settings
 from .studies import seed_from
@@ -166,7 +167,7 @@ class TextAdaptationObjective(nn.Module):
         self,
         batch: dict,  # from `ReportSections.collate`
     ) -> dict[str, torch.Tensor]:  # named scalars, weighted
-        hidden, terms = self.masked_lm.bert(**batch["tokens"]).last_hidden_state, {}
+        hidden, terms = last_hidden_states(self.masked_lm.bert, batch["tokens"]), {}
         if self.mlm:
             terms["mlm"] = self.mlm * masked_lm_loss(self.masked_lm.cls, hidden, batch["labels"])
         if self.rsm:
@@ -218,7 +219,7 @@ def masked_accuracy(
     right, loss, count = 0, 0.0, 0
     for tokens, labels in masked_batches(tokenizer, texts, settings):
         labels = labels.to(masked_lm.device)
-        hidden, asked = masked_lm.bert(**tokens.to(masked_lm.device)).last_hidden_state, labels != -100
+        hidden, asked = last_hidden_states(masked_lm.bert, tokens.to(masked_lm.device)), labels != -100
         scores, labels = masked_lm.cls(hidden[asked]).float(), labels[asked]
         right += (scores.argmax(1) == labels).sum().item()
         loss += F.cross_entropy(scores, labels, reduction="sum").item()
@@ -252,7 +253,7 @@ def embed_sections(
     vectors = []
     for start in range(0, len(different), batch_size):
         tokens = tokenize(tokenizer, different[start : start + batch_size], max_tokens).to(masked_lm.device)
-        vectors.append(masked_lm.bert(**tokens).last_hidden_state[:, 0].float().cpu())
+        vectors.append(last_hidden_states(masked_lm.bert, tokens)[:, 0].float().cpu())
     place = {text: row for row, text in enumerate(different)}
     return torch.cat(vectors)[[place[text] for text in texts]]
 
