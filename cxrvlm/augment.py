@@ -91,6 +91,7 @@ CACHED = 2**18  # pixels at a time on a CPU
 def warp(
     images: torch.Tensor,  # [B, 1, S, S]
     matrices: torch.Tensor,  # [B, 2, 3], of `affine_matrices`
+    outside: str = "zeros",  # or "border", or "reflection"
 ) -> torch.Tensor:  # [B, 1, S, S]
     "Move each image by its own map."
     S = images.shape[-1]
@@ -99,7 +100,7 @@ def warp(
     moved = []
     for block, m in zip(images.split(size), matrices[:, None, None].split(size), strict=True):
         grid = m[..., 0] * place[:, None] + (m[..., 1] * place[:, None, None] + m[..., 2])  # [b, S, S, 2]
-        moved.append(F.grid_sample(block, grid, padding_mode="zeros", align_corners=False))
+        moved.append(F.grid_sample(block, grid, padding_mode=outside, align_corners=False))
     return torch.cat(moved)
 
 # %% ../nbs/06d_augment.ipynb #3afe5980

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import BatchEncoding, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from .caching import Objective
 from .losses import contrastive_loss, global_similarity
 from .packing import last_hidden_states
 from .retrieval import retrieval_metrics
@@ -148,7 +149,7 @@ def masked_lm_loss(
     return loss / asked.sum().clamp(min=1)
 
 # %% ../nbs/12_cxrbert.ipynb #247daed8
-class TextAdaptationObjective(nn.Module):
+class TextAdaptationObjective(Objective):
     "Masked language modelling and findings-impression matching, in one forward pass."
 
     def __init__(
@@ -163,11 +164,14 @@ class TextAdaptationObjective(nn.Module):
         self.masked_lm, self.head = masked_lm, head
         self.mlm, self.rsm, self.tau = settings.cxrbert_mlm, settings.cxrbert_rsm, settings.cxrbert_tau
 
-    def forward(
-        self,
-        batch: dict,  # from `ReportSections.collate`
-    ) -> dict[str, torch.Tensor]:  # named scalars, weighted
-        hidden, terms = last_hidden_states(self.masked_lm.bert, batch["tokens"]), {}
+    def inputs(self, batch: dict) -> dict:  # of a batch from `ReportSections`
+        return {"tokens": dict(batch["tokens"])}
+
+    def embed(self, inputs: dict) -> dict[str, torch.Tensor]:
+        return {"hidden": last_hidden_states(self.masked_lm.bert, inputs["tokens"])}
+
+    def terms(self, embedded: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:  # named scalars, weighted
+        hidden, terms = embedded["hidden"], {}
         if self.mlm:
             terms["mlm"] = self.mlm * masked_lm_loss(self.masked_lm.cls, hidden, batch["labels"])
         if self.rsm:
