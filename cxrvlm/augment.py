@@ -25,7 +25,6 @@ PAPER_SIZE = 512  # pixels, section 3: Table 2's lengths refer to it
 @dataclass(frozen=True)
 class Augmentation:
     "One column of Table 2. Called with a batch and its draws."
-    size: int  # side of the images, pixels
     translation: float  # px of a 512 px image, either way along each axis
     rotation: float  # degrees, either way
     brightness: float  # 0.2: a factor from 0.8 to 1.2
@@ -39,16 +38,16 @@ class Augmentation:
 
 # %% ../nbs/06d_augment.ipynb #339d2679
 def augmentation(
-    settings,  # of `load_settings`; its vlm_* or simclr_* and image_size
+    settings,  # of `load_settings`; its vlm_* or simclr_*
     stage: str,  # "vlm" or "simclr": the columns of Table 2
 ) -> Augmentation:
     "The augmentations of a training stage."
     if stage not in ("vlm", "simclr"):
         raise ValueError(f"stage = {stage!r}: Table 2 has 'vlm' and 'simclr'")
-    values = {field.name: getattr(settings, f"{stage}_{field.name}") for field in fields(Augmentation)[1:]}
+    values = {field.name: getattr(settings, f"{stage}_{field.name}") for field in fields(Augmentation)}
     if stage == "simclr" and settings.simclr_laterality_safe:
         values |= {"rotation": min(settings.simclr_rotation, settings.vlm_rotation), "flip": 0.0}
-    return Augmentation(settings.image_size, **values)
+    return Augmentation(**values)
 
 # %% ../nbs/06d_augment.ipynb #51b15e47
 PARTS = ("rotation", "shear", "scaling", "x", "y", "flip", "brightness", "noise", "blur", "sigma")
@@ -160,10 +159,11 @@ def blurred(
     u: dict[str, np.ndarray],  # part -> [B] in 0..1
 ) -> torch.Tensor:  # the same
     "Blur those that were drawn, each by the sigma that was drawn."
+    S = images.shape[-1]
     which = np.where(u["blur"] < self.blur_p, (u["sigma"] * len(self.blur_sigma)).astype(int), -1)
     for k, sigma in enumerate(self.blur_sigma):
         if len(rows := np.flatnonzero(which == k)):
-            K = blur_matrix(sigma * self.size / PAPER_SIZE, self.size).to(images.device)
+            K = blur_matrix(sigma * S / PAPER_SIZE, S).to(images.device)
             rows = torch.from_numpy(rows).to(images.device)
             images[rows] = K.T @ images[rows] @ K
     return images
