@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_WORDNET', 'STOP_WORDS', 'FAMILIES', 'IRREGULAR', 'THESAURUS', 'NEGATIONS', 'CONTRASTS', 'DOUBTS', 'SIDES',
-           'PLACES', 'SEEN', 'TIMES', 'DEGREES', 'KINDS', 'FILLERS', 'ADJECTIVES', 'LISTS', 'RULES', 'wordnet_files',
-           'open_wordnet', 'WordNet', 'wordnet_synonyms', 'plural', 'read_groups', 'parts', 'marks', 'Radiology',
-           'sentence_rules', 'radiology_synonyms']
+           'PLACES', 'SEEN', 'TIMES', 'DEGREES', 'KINDS', 'FILLERS', 'ADJECTIVES', 'STAYING_FAMILIES', 'STAYING_TERMS',
+           'LISTS', 'RULES', 'wordnet_files', 'open_wordnet', 'WordNet', 'wordnet_synonyms', 'plural', 'read_groups',
+           'parts', 'marks', 'Radiology', 'sentence_rules', 'radiology_synonyms']
 
 # %% ../nbs/06b_thesaurus.ipynb #4d7b43d3
 import importlib.util
@@ -599,6 +599,10 @@ FILLERS = SEEN | frozenset("the a an is are be been being there this these those
 # %% ../nbs/06b_thesaurus.ipynb #3aa46ecb
 ADJECTIVES = frozenset("acute active small moderate large severe significant overt discrete vague dense irregular".split()) | {
     term for name in ("severity", "pattern and shape") for group in read_groups(FAMILIES[name]) for term in group}
+STAYING_FAMILIES = ("certainty", "change over time", "reporting")
+STAYING_TERMS = frozenset(
+    term.lower() for name in STAYING_FAMILIES for group in read_groups(FAMILIES[name]) for term in group
+)
 LISTS = frozenset(["and", "or", "nor", ",", "/"])
 
 def parts(
@@ -645,7 +649,8 @@ def sentence_rules(
     "The rules for a sentence."
     kinds = [kind for kind, _ in {mark for piece in sentence if piece != " " for mark in marks(piece)}]
     told = [kind for kind in kinds if kind != "list"]
-    careful = len(set(told)) < len(told) or not {"negation", "contrast", "doubt"}.isdisjoint(told)
+    alone = not {"negation", "contrast", "doubt"}.isdisjoint(told) or {"time", "seen"} <= set(told)
+    careful = alone or len(set(told)) < len(told)
     return RULES[careful, "list" in kinds]
 
 @patch
@@ -666,10 +671,11 @@ def radiology_synonyms(
 ) -> list[str]:
     "What may be written for a term, by the rules of its sentence."
     others, words = THESAURUS.get(term, []), term.split()
+    told = [mark for mark in marks(term) if mark[0] != "doubt"]
+    if beside and (term in STAYING_TERMS or (careful and told)):
+        return []
     if careful:
-        told = [mark for mark in marks(term) if mark[0] != "doubt"]
-        same = [other for other in others if told == [mark for mark in marks(other) if mark[0] != "doubt"]]
-        others = [] if beside and told else same
+        others = [other for other in others if told == [mark for mark in marks(other) if mark[0] != "doubt"]]
     if listing and len(words) > 1:
         others = [other for other in others if words[0] == other.lower().split()[0] or words[-1] == other.lower().split()[-1]]
     return [other for other in others if " of " not in other] if careful or listing else others
