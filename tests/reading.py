@@ -45,8 +45,10 @@ considerations versus vs differential presumed presumably indicate""".split())
 WHERE = {"left": r"left\b|leftward|levo", "right": r"right\b|rightward|dextro", "both": r"bilateral|both$|bibas|biapic|bihil",
          "top": r"upper$|apic|apex|biapic", "middle": r"mid$|middle$|midlung|lingul", "bottom": r"lower$|bas(e|es|al|ilar)$|bibas"}
 CLAUSE = re.compile(r"[.;:!?]+(?=\s|$)|\n|\b(?:but|however|although|though|whereas|while|except|otherwise|which)\b")
-UNCHANGED = re.compile(r"\b(?:no|without)(?: significant| interval| definite| acute)* (?:change|progression|increase)\b")
-LOW_VOLUMES = re.compile(r"\b(?:small|reduced) lung volumes")
+FIXED = {  # phrases whose words do not mean what they mean alone
+    r"\b(?:no|without)(?: significant| interval| definite| acute)* (?:change|progression|increase)\b": "unchanged",
+    r"\b(?:small|reduced) lung volumes": "low lung volumes", r"\bchronic obstructive": "copd", r"\bclear space": "space",
+}
 TIMES = {"new": r"new", "now": r"now|current|today", "before": r"prior|previous|former|earlier|last|past|old|remote", "acute": r"acute",
          "chronic": r"chronic|long", "again": r"again|redemonstrat|still|persist|continu|remain|resid|recur", "same": r"stable|unchanged|stability",
          "more": r"increas|worse|progress|larger|bigger|greater", "less": r"decreas|diminish|reduc|improv|smaller|regress|resolving",
@@ -127,7 +129,9 @@ def meaning(
 ) -> frozenset[tuple[str, str, str, str, str]]:  # (finding, affirmed | denied | possible, sides, times, degrees)
     "What a report affirms and denies, on which side, since when and how much, by a simple rule."
     said = set()
-    text = LOW_VOLUMES.sub("low lung volumes", UNCHANGED.sub("unchanged", text.lower().replace("clear space", "space")))
+    text = text.lower()
+    for pattern, plain in FIXED.items():
+        text = re.sub(pattern, plain, text)
     for clause in CLAUSE.split(text):
         words = re.findall(r"[a-z]+(?:['-][a-z]+)*|[,/]", clause)
         denied, doubt = denied_words(words), not DOUBTS.isdisjoint(words)
