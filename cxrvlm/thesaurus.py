@@ -672,7 +672,7 @@ def radiology_synonyms(
     "What may be written for a term, by the rules of its sentence."
     others, words = THESAURUS.get(term, []), term.split()
     told = [mark for mark in marks(term) if mark[0] != "doubt"]
-    if beside and (term in STAYING_TERMS or (careful and told)):
+    if beside and (term in STAYING_TERMS or (careful and (told or term in ADJECTIVES))):
         return []
     if careful:
         others = [other for other in others if told == [mark for mark in marks(other) if mark[0] != "doubt"]]
