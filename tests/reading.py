@@ -33,7 +33,7 @@ FINDINGS = {
                     "ild", "cad"],
 }
 ORGANS = {"heart": ["heart", "cardi*"], "lungs": ["lung*", "pulmonary"], "mediastinum": ["mediastin*"],
-          "bones": ["bone*", "bony", "osseous"]}
+          "bones": ["bone*", "bony", "osseous", "clavic*", "collar*"]}
 WELL = {"clear", "normal", "unremarkable", "intact", "limits"}
 DENIES_NEXT = {"no", "not", "without", "nor", "neither", "never", "none", "negative", "free", "absence", "lack"}
 DENIES_BEFORE = {"resolved", "absent", "removed", "excluded", "unlikely", "cleared"}
