@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run figures openi-images test gpu-test lab outputs results clean
+.PHONY: help install demo run figures openi-images test gpu-test benchmarks lab outputs results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ test: install ## everything that CI checks, without GPU and network
 gpu-test: install ## the tests that need a GPU
 	@pytest -m gpu
 	@nbdev-test --flags cuda
+
+BENCHMARKS ?= --json build/benchmarks.json
+
+benchmarks: install ## time ours beside its references, in ten minutes on 2 quiet cores; BENCHMARKS='--device cuda' on a GPU
+	@HF_HUB_OFFLINE=1 python -m benchmarks $(BENCHMARKS)
 
 lab: install ## read and run the notebooks in Jupyter
 	@jupyter lab nbs

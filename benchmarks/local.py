@@ -78,7 +78,7 @@ def local(options: Options, shape: dict[str, int], dtype: torch.dtype = torch.fl
         targets = dict.fromkeys(("full", "ragged"), 0.5 if large else 1.0)
         memory = dict.fromkeys(("full", "ragged"), 0.2) if large else {}
     shape = options.pick(shape, {"B": 6, "W": 12, "M": 9, "E": 16})
-    return local_case(shape, options.device, dtype, targets=targets, memory_targets=memory, rounds=3 if large and on_cpu else 10)
+    return local_case(shape, options.device, dtype, targets=targets, memory_targets=memory, rounds=3 if large and on_cpu else 10, warmup=0)
 
 
 def memory_ratio(B: int, W: int, M: int, E: int) -> dict[str, float]:
