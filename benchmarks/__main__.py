@@ -20,6 +20,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all numbers there, after each line")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: only whether all agree")
     parser.add_argument("--full", action="store_true", help="the paper's size for the probe and MIMIC too: many minutes more")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="at most so many for a line; 1 where other work is running")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: of this process; for a machine that is not quiet")
     return parser.parse_args(arguments)
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:  # lines that failed
     if choice.list:
         print(*(line.name for line in lines), sep="\n")
         return 0
-    options = Options(choice.device, choice.quick, choice.full, choice.rounds, choice.clock)
+    options = Options(choice.device, choice.quick, choice.full, choice.rounds, choice.threads, choice.clock)
     found, rows, begin = report.machine(options.device, options.clock) | {"load": load}, [], time.perf_counter()
     report.warn_if_busy(load)
     print(report.header(found), report.table_head(), sep="\n\n", flush=True)

@@ -18,6 +18,7 @@ class Options:
     quick: bool = False  # tiny shapes and one round, to see that every line runs
     full: bool = False  # the paper's size also where that takes many minutes
     rounds: int = 0  # 0: what each line thinks right
+    threads: int = 0  # at most so many on a CPU; 0: what each line asks for
     clock: str = "wall"  # or cpu: the seconds of this process, where other work disturbs the wall clock
 
     def pick(self, normal, quick):
@@ -125,7 +126,8 @@ def extra_memory(function: Callable, device: str = "cpu") -> float:  # MiB
 
 def time_case(case: Case, options: Options) -> list[dict]:  # a row for each of `ours`
     "Check, then time."
-    torch.set_num_threads(case.threads)
+    threads = min(case.threads, options.pick(options.threads or case.threads, 1))
+    torch.set_num_threads(threads)
     checked = first_results(case)
     seconds = take_turns(case, options)
     memory = {}
@@ -134,7 +136,7 @@ def time_case(case: Case, options: Options) -> list[dict]:  # a row for each of 
     targets, memory_targets = options.pick((case.targets, case.memory_targets), ({}, {}))  # tiny shapes meet no target
     rows = []
     for name in case.ours:
-        row = {"variant": name, "against": case.against, "precision": case.precision, "threads": case.threads, "unit": case.unit}
+        row = {"variant": name, "against": case.against, "precision": case.precision, "threads": threads, "unit": case.unit}
         row |= {"ours": statistics.median(seconds[name]), "reference": statistics.median(seconds[""]), "checked": checked}
         row |= {"ratio": row["ours"] / row["reference"], "target": targets.get(name), "rounds": len(seconds[name])}
         row |= {"all_ours": seconds[name], "all_reference": seconds[""], "load": os.getloadavg()[0]}

@@ -81,7 +81,7 @@ def warn_if_busy(load: float) -> None:
     "Say it if other work is running: then the numbers are not this machine's."
     if load > 0.5:
         print(f"WARNING: the load average is {load:.2f} before anything was started, so other work is running. These numbers are not "
-              "those of a quiet machine; --clock cpu disturbs ratios less, for lines of one thread.", file=sys.stderr)
+              "those of a quiet machine; --clock cpu --threads 1 disturbs the ratios less.", file=sys.stderr)
 
 
 BUSY = " (busy)"

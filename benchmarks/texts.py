@@ -48,7 +48,7 @@ def eda_growth(options: Options) -> Case:
     "1,024 words beside 256: four times the time if it is linear."
     short, long = (reworder(OURS, [long_report(options.pick(words, words // 16))], "wordnet") for words in (256, 1024))
     return Case("our 256 words", short, {"1,024 words": long}, check=lambda: "not the same work", targets={"1,024 words": 6.0},
-                precision="-", rounds=1)
+                precision="-", rounds=1, warmup=0)
 
 
 @line("eda-radiology", "cpu")

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks.__main__ import GROUPS, main, measure
 from benchmarks.cases import LINES, Case, Line, Options, line, same, same_direction, same_gradients, take_turns
@@ -17,11 +18,14 @@ QUICK = Options(quick=True)
 
 
 @pytest.fixture(autouse=True)
-def cpu_and_threads(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def as_it_was(monkeypatch):
+    "What a benchmark changes for the process: the device, the threads, and accelerate's precision."
+    for key in ("ACCELERATE_USE_CPU", "TQDM_DISABLE"):
+        monkeypatch.setenv(key, "true")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,8 @@ def three_lines(monkeypatch):
     monkeypatch.setattr(cases, "LINES", {})
 
     def agree(ours, theirs):
-        assert ours == theirs, f"{ours} and {theirs}"
+        if ours != theirs:
+            raise AssertionError(f"{ours} and {theirs}")  # pytest would add to the message of an assert
         return "a number"
 
     line("differs")(lambda options: Case("one", lambda: 1, {"ours": lambda: 2}, agree=agree))
