@@ -1,6 +1,8 @@
 """A step of the paper's size on a GPU: ResNet-50 at 512 px and BERT-base, beside plain float32, with the data on the card."""
 from itertools import cycle
 
+from accelerate.utils import send_to_device
+
 from .cases import Case, Options, line
 from .steps import QUICK, check_steps, two_versions
 from .versions import OURS, Trainer, arm_of, inputs_of, pair_trainer, settings_of
@@ -14,7 +16,7 @@ STEPS = 100  # in a repetition where the workers must not profit from the other'
 
 def looped(trainer: Trainer, count: int):
     "A function that makes a step with the next of some batches that it keeps on the card."
-    kept = cycle([trainer.next_batch() for _ in range(count)])
+    kept = cycle([send_to_device(next(trainer.batches), trainer.accelerator.device) for _ in range(count)])
     return lambda: trainer(next(kept))
 
 

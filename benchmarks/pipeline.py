@@ -8,8 +8,8 @@ from .versions import (
     OURS,
     Trainer,
     arm_of,
+    batches_of,
     inputs_of,
-    on_device,
     pair_trainer,
     reference,
     settings_of,
@@ -30,9 +30,8 @@ def trainer_of(version, stage: str, settings, count: int) -> Trainer:
 
 def pictures(trainer: Trainer, stage: str, count: int) -> torch.Tensor:  # [N, 1, S, S]
     "The images of some batches from the start."
-    batches = islice(trainer.version.training.load_batches(trainer.dataset, trainer.settings, 0), count)
-    found = [on_device(trainer.dataset, batch, "cpu")[IMAGES[stage]] for batch in batches]
-    return torch.cat([images.flatten(0, -4) for images in found]).cpu()
+    batches = islice(batches_of(trainer.version, trainer.dataset, trainer.settings), count)
+    return torch.cat([batch[IMAGES[stage]].flatten(0, -4) for batch in batches])
 
 
 def check_pictures(options: Options, stage: str, theirs: Trainer, ours: Trainer) -> str:
@@ -61,6 +60,6 @@ def pipeline(options: Options, stage: str) -> Case:
         trainers.append(trainer_of(version, stage, settings, options.pick(40, 4)))
     theirs, ours = trainers
     return Case(
-        "07c8bb8: torchvision one by one", theirs.next_batch, {"ours": ours.next_batch}, lambda: check_pictures(options, stage, *trainers),
+        "07c8bb8: torchvision one by one", lambda: next(theirs.batches), {"ours": lambda: next(ours.batches)}, lambda: check_pictures(options, stage, *trainers),
         targets={"ours": 0.33}, rounds=5, unit="a batch",
     )

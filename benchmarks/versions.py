@@ -140,10 +140,15 @@ def start(version: Version, settings):
     return version.training.start_device(settings)
 
 
-def on_device(dataset, batch: dict, device) -> dict:
-    "A batch as the objective takes it: on the device, and augmented there, if the version does that there."
-    batch = send_to_device(batch, device)
-    return dataset.prepare(batch) if hasattr(dataset, "prepare") else batch
+def batches_of(version: Version, dataset, settings, device="cpu"):
+    "The batches of a training run. Ours arrive on the device and are augmented there; the reference's are sent by its `train_step`."
+    where = {"device": device} if version == OURS else {}
+    return version.training.load_batches(dataset, settings, 0, **where)
+
+
+def augmentation_of(version: Version, settings, stage: str):
+    "Table 2 as the version has it."
+    return (version.augment if version == OURS else version.images).augmentation(settings, stage)
 
 
 class Trainer:
@@ -154,18 +159,13 @@ class Trainer:
         self.accelerator = start(version, settings)
         self.objective = objective.to(self.accelerator.device).train()
         self.optimizer = version.training.build_optimizer(self.objective, settings)
-        self.batches = version.training.load_batches(dataset, settings, 0)
+        self.batches = batches_of(version, dataset, settings, self.accelerator.device)
         self.steps = 0
 
     def __call__(self, batch: dict | None = None) -> dict[str, float]:
-        batch = self.next_batch() if batch is None else batch
+        batch = next(self.batches) if batch is None else batch
         self.steps += 1
         return self.version.training.train_step(self.objective, batch, self.optimizer, self.accelerator, 0, self.steps - 1)
-
-    def next_batch(self) -> dict:
-        "Load a batch, and prepare it if the version does that on the device."
-        batch = next(self.batches)
-        return on_device(self.dataset, batch, self.accelerator.device) if hasattr(self.dataset, "prepare") else batch
 
 
 def pair_trainer(version: Version, settings, arm, inputs: Inputs, stride: int = 0) -> Trainer:
@@ -177,15 +177,17 @@ def pair_trainer(version: Version, settings, arm, inputs: Inputs, stride: int = 
 
 def view_trainer(version: Version, settings, inputs: Inputs) -> Trainer:
     "Stage 1 of the images. `settings` are those of that stage."
-    views = version.simclr.ImageViews(inputs.studies, inputs.store, version.images.augmentation(settings, "simclr"))
+    views = version.simclr.ImageViews(inputs.studies, inputs.store, augmentation_of(version, settings, "simclr"))
     return Trainer(version, settings, version.simclr.build_objective(settings, 0), views)
 
 
 def plain_batches(version: Version, settings, arm, inputs: Inputs, count: int) -> list[dict]:
-    "Batches for the objective without augmentation (the crops, masks and rewordings of DeCLIP stay), on the CPU."
+    "Batches for either version's objective, without augmentation (the crops, masks and rewordings of DeCLIP stay), on the CPU."
     settings = without_augmentation(version, settings)
     dataset = version.declip.training_set(inputs.studies, inputs.store, inputs.tokenizer, settings, arm)
-    return [on_device(dataset, batch, "cpu") for batch in islice(version.training.load_batches(dataset, settings, 0), count)]
+    numbers = {name: number for number, name in enumerate(inputs.studies.study_id)}  # by which ours calls the studies
+    batches = islice(batches_of(version, dataset, settings), count)
+    return [batch | {"study": torch.tensor([numbers[name] for name in batch["study_id"]])} for batch in batches]
 
 
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
