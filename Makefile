@@ -61,4 +61,5 @@ results: ## copy the tables and the curve of PRESET from runs/ to results/, for 
 
 clean: ## remove what make and snakemake left, except .venv and runs
 	@rm -rf .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@git worktree prune 2>/dev/null || true  # of the benchmarks' reference, which was in build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -107,11 +107,11 @@ def make_pairs(N: int, M: int, W: int, mean: int, E: int):
 
 
 @torch.no_grad()
-def all_contexts(images, texts, device: str, rows: int = 16, columns: int = 16) -> torch.Tensor:
+def all_contexts(images, texts, device: str) -> torch.Tensor:
     "The similarity of every image with every report by the einsum, some of each at a time; sorted by length there is little padding."
-    order, found = texts.mask.sum(1).argsort(), []
-    reports, masks = (part[order].split(columns) for part in (texts.local, texts.mask))
-    for regions in images.local.split(rows):
+    order, found, tile = texts.mask.sum(1).argsort(), [], 16 if device == "cpu" else 64
+    reports, masks = (part[order].split(tile) for part in (texts.local, texts.mask))
+    for regions in images.local.split(tile):
         regions, parts = regions.to(device), []
         for words, mask in zip(reports, masks, strict=True):
             width = int(mask.sum(1).max())
