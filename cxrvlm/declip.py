@@ -45,7 +45,7 @@ def second_view(
     return warp(images, torch.from_numpy(matrices).float().to(images.device, non_blocking=True), "border")
 
 # %% ../nbs/14_declip.ipynb #937ab942
-READABLE = 8  # words per token of the encoder's limit that are reworded: EDA's time grows with the square of a report's length
+READABLE = 8  # words per token of the encoder's limit that are reworded: what lies behind them is never read
 
 class DeCLIPPairs(ImageTextPairs):
     "Image-report pairs with a second view of either."
