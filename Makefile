@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run figures openi-images test gpu-test lab outputs results clean
+.PHONY: help install demo run figures openi-images test gpu-test gpu-pack gpu-visit gpu-unpack lab outputs results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ test: install ## everything that CI checks, without GPU and network
 gpu-test: install ## the tests that need a GPU
 	@pytest -m gpu
 	@nbdev-test --flags cuda
+
+gpu-pack: install ## what a bare GPU machine lacks, in packs that are small enough to send (workflow/gpu/pack.py says how)
+	@python workflow/gpu/pack.py
+
+gpu-visit: ## on that machine: tests, benchmarks and a sweep in MINUTES=9, results in OUT
+	@$(PYTHON) workflow/gpu/visit.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out "$(OUT)") $(if $(PARTS),--parts $(PARTS))
+
+gpu-unpack: install ## add the results of a visit to results/: make gpu-unpack FILES=build/gpu-visit
+	@python workflow/gpu/unpack.py $(FILES)
 
 lab: install ## read and run the notebooks in Jupyter
 	@jupyter lab nbs
