@@ -61,7 +61,7 @@ def pace(preset: str, runs: Path, number: int, barrier) -> None:
     names = execute(EXPERIMENTS / "train_vlm.ipynb", {"preset": preset, "arm": "ours", "seed": number, "runs": str(runs)}, after)
     limit(names, WARM + STEPS)
     warm = names["progress"].seconds
-    barrier.wait(60)
+    barrier.wait(100)
     wall, busy = time.perf_counter(), time.process_time()
     exec(names["In"][-1], names)  # the same cell goes on from its checkpoint
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
@@ -83,7 +83,7 @@ def side_by_side(processes: Processes, preset: str, runs: Path, count: int, cloc
     folder = Path(tempfile.mkdtemp(dir=runs.parent))
     (folder / preset).mkdir()
     (folder / preset / "data").symlink_to(runs / preset / "data")
-    barrier, busy, clock = processes.context.Barrier(count), [], Clock(min(60, clock.left()), clock.now)
+    barrier, busy, clock = processes.context.Barrier(count), [], Clock(min(120, clock.left()), clock.now)
     started = [processes.start(folder / f"{n}.log", pace, preset, folder, n, barrier) for n in range(count)]
     while clock.left() and not any(process.exitcode for process in started) and any(process.exitcode is None for process in started):
         busy.append(card_busy())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "nbs/experiments"
-RECORDS = ("result.json", "adaptation.json", "history.csv", "placements.csv", "downstream.csv", "neighbours.csv")
+RECORDS = ("history.csv", "placements.csv", "downstream.csv", "neighbours.csv", "adaptation.json", "result.json")  # last: it is all there
 ARCHIVE = 15 * 2**20  # bytes of one file that is brought home, at most
 
 
