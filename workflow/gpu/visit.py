@@ -98,7 +98,9 @@ def install(packs: Path, site: Path) -> None:
     "Lay out the packs that were brought, in this process's path and its children's."
     for pack in sorted(packs.glob("*")):
         for wheel in (pack / "wheels").glob("*.whl"):
-            zipfile.ZipFile(wheel).extractall(site)
+            if not (site / wheel.name).exists():  # on a warm machine it is there
+                zipfile.ZipFile(wheel).extractall(site)
+                (site / wheel.name).touch()
         if (pack / "site").is_dir():
             shutil.copytree(pack / "site", site, dirs_exist_ok=True)
         for folder in (pack / "reference").glob("*"):
