@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from cxrvlm import training
+from cxrvlm.augment import augmentation
 from cxrvlm.cxrbert import ReportSections, TextAdaptationObjective, build_head, text_metrics
 from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.declip import build_objective, training_set
 from cxrvlm.encoders import Embedding
-from cxrvlm.images import augmentation
 from cxrvlm.initialisation import build_model, load_masked_lm
 from cxrvlm.matching import local_matrix
 from cxrvlm.retrieval import retrieval_metrics
@@ -20,6 +20,7 @@ from cxrvlm.training import start_device, train
 from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs, embed_pairs
 
 pytestmark = pytest.mark.gpu
+SMOKE = replace(load_settings("smoke"), device="cuda")  # the preset takes a CPU
 
 
 def test_metrics_on_the_gpu_are_those_of_the_cpu():
@@ -38,7 +39,7 @@ def test_local_matching_on_the_gpu_is_that_of_the_cpu():
 
 
 def test_a_run_in_bf16_learns_and_can_be_evaluated(tmp_path):
-    settings = replace(load_settings("smoke"), precision="auto", batch_size=6, train_iterations=50, max_iterations=200, patience=4)
+    settings = replace(SMOKE, batch_size=6, train_iterations=50, max_iterations=200, patience=4)
     assert start_device(settings).device.type == "cuda"
     studies, _ = load_studies(settings)
     store, tokenizer = open_store(settings, studies, tmp_path), make_tokenizer(settings, studies)
@@ -63,10 +64,10 @@ def train_declip(folder, settings):  # the objective and the progress
 
 
 def test_declip_learns_in_bf16(tmp_path):
-    settings = replace(load_settings("smoke"), batch_size=6, train_iterations=50, max_iterations=200, patience=4, declip_queue=30)
+    settings = replace(SMOKE, batch_size=6, train_iterations=50, max_iterations=200, patience=4, declip_queue=30)
     objective, progress = train_declip(tmp_path, settings)
-    assert objective.queue.full and objective.queue.keys.is_cuda and objective.queue.words[0].is_cuda
-    assert len(objective.neighbour_table()) > 0
+    assert objective.queue.full and objective.queue.keys.is_cuda and objective.queue.words.is_cuda
+    assert (objective.queue.neighbour >= 0).any()
     # Judged by the training loss, for which BatchNorm has the statistics of the batch. For the validation loss it has running
     # ones, of whole images and crops together and with batches of six: with these the loss may rise while the model learns.
     first, last = progress.history[0], progress.history[-1]
@@ -74,7 +75,7 @@ def test_declip_learns_in_bf16(tmp_path):
 
 
 def test_declip_resumes_in_bf16(tmp_path, monkeypatch):
-    settings = replace(load_settings("smoke"), batch_size=6, train_iterations=4, max_iterations=16, patience=9, declip_queue=30)
+    settings = replace(SMOKE, batch_size=6, train_iterations=4, max_iterations=16, patience=9, declip_queue=30)
     save = training.save_checkpoint
 
     def keep(folder, objective, optimizer, progress, *more):  # what a run leaves that is killed after 12 steps
@@ -92,7 +93,7 @@ def test_declip_resumes_in_bf16(tmp_path, monkeypatch):
 
 
 def test_stage_1_learns_in_bf16(tmp_path):
-    settings = load_settings("smoke")
+    settings = SMOKE
     studies, _ = load_studies(settings)
     store, tokenizer = open_store(settings, studies, tmp_path), make_tokenizer(settings, studies)
     training = studies[studies.split == "train"]

@@ -43,13 +43,13 @@ def stop_mps(folder: Path) -> None:
 
 
 def pace(preset: str, runs: Path, number: int, barrier) -> None:
-    "Some steps of the arm `ours`, all processes at the same time: steps/s, and the share of a core that they take."
+    "Some steps of the arm `ours`, all processes at the same time: steps/s, the share of a core that they take, and what waits for batches."
     from cxrvlm.settings import replace
 
     folder = runs / "pace" / str(number)
 
     def limit(names: dict, steps: int) -> None:
-        names["settings"] = replace(names["settings"], max_iterations=steps, train_iterations=STEPS, valid_iterations=1)
+        names["settings"] = replace(names["settings"], device="auto", max_iterations=steps, train_iterations=STEPS, valid_iterations=1)
 
     def after(names: dict) -> bool:
         if names.get("folder", folder) != folder:  # the cell that reads the settings has run
@@ -60,12 +60,13 @@ def pace(preset: str, runs: Path, number: int, barrier) -> None:
 
     names = execute(EXPERIMENTS / "train_vlm.ipynb", {"preset": preset, "arm": "ours", "seed": number, "runs": str(runs)}, after)
     limit(names, WARM + STEPS)
-    warm = names["progress"].seconds
+    warm = names["progress"]
     barrier.wait(100)
     wall, busy = time.perf_counter(), time.process_time()
     exec(names["In"][-1], names)  # the same cell goes on from its checkpoint
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
-    found = {"rate": STEPS / (names["progress"].seconds - warm), "core": busy / wall}
+    seconds, waited = names["progress"].seconds - warm.seconds, names["progress"].loading - warm.loading
+    found = {"rate": STEPS / seconds, "waited": waited / seconds, "core": busy / wall}
     (runs / f"pace-{number}.json").write_text(json.dumps(found))
 
 
@@ -78,7 +79,7 @@ def card_busy() -> float:
         return float("nan")
 
 
-def side_by_side(processes: Processes, preset: str, runs: Path, count: int, clock: Clock) -> list[dict]:  # rate, core, card
+def side_by_side(processes: Processes, preset: str, runs: Path, count: int, clock: Clock) -> list[dict]:  # rate, waited, core, card
     "The pace of so many processes; of none, if one of them failed or the time was over."
     folder = Path(tempfile.mkdtemp(dir=runs.parent))
     (folder / preset).mkdir()
@@ -97,7 +98,7 @@ def side_by_side(processes: Processes, preset: str, runs: Path, count: int, cloc
 def bounds(log, processes: Processes, preset: str, runs: Path, counts: list[int], clock: Clock) -> tuple[int, dict]:
     "Measure, and choose what is fastest: how many processes, and their environment (of MPS, or empty)."
     log(f"\nSide by side: {STEPS} steps of `ours`, preset {preset}. What is near 100% is what bounds them.")
-    log("processes  MPS  steps/s of each: lowest median highest    sum  of a core  card busy")
+    log("processes  MPS  steps/s of each: lowest median highest    sum  waited for batches  of a core  card busy")
     best = 0, counts[-1], {}
     for begin in (dict, lambda: start_mps(log, runs.parent)):
         if (environment := begin()) is None:
@@ -108,9 +109,9 @@ def bounds(log, processes: Processes, preset: str, runs: Path, counts: list[int]
                 log(f"{count:9d}  {'yes' if environment else 'no':3s}  not measured: see the logs in {runs.parent}, or give it more time")
                 continue
             rates = sorted(row["rate"] for row in found)
-            core = sum(row["core"] for row in found) / count
+            waited, core = (sum(row[name] for row in found) / count for name in ("waited", "core"))
             log(f"{count:9d}  {'yes' if environment else 'no':3s}  {rates[0]:23.2f} {rates[count // 2]:6.2f} {rates[-1]:7.2f} "
-                f"{sum(rates):6.2f} {core:10.0%} {found[0]['card']:9.0f}%")
+                f"{sum(rates):6.2f} {waited:19.0%} {core:10.0%} {found[0]['card']:9.0f}%")
             best = max(best, (sum(rates), count, environment), key=lambda row: row[0])
     log(f"chosen: {best[1]} side by side, {'with' if best[2] else 'without'} MPS")
     return best[1:]
