@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run figures openi-images test gpu-test benchmarks lab outputs results clean
+.PHONY: help install demo run figures openi-images test gpu-test benchmarks gpu-pack gpu-visit gpu-unpack lab outputs results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ BENCHMARKS ?= --json build/benchmarks.json
 
 benchmarks: install ## time ours beside its references, in ten minutes on 2 quiet cores; BENCHMARKS='--device cuda' on a GPU
 	@HF_HUB_OFFLINE=1 python -m benchmarks $(BENCHMARKS)
+
+gpu-pack: install ## what a bare GPU machine lacks, in packs that are small enough to send (workflow/gpu/pack.py says how)
+	@python workflow/gpu/pack.py
+
+gpu-visit: ## on that machine: tests, benchmarks and a sweep in MINUTES=9, results in OUT
+	@$(PYTHON) workflow/gpu/visit.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out "$(OUT)") $(if $(PARTS),--parts $(PARTS))
+
+gpu-unpack: install ## add the results of a visit to results/: make gpu-unpack FILES=build/gpu-visit
+	@python workflow/gpu/unpack.py $(FILES)
 
 lab: install ## read and run the notebooks in Jupyter
 	@jupyter lab nbs
