@@ -178,10 +178,13 @@ def name_run(
     return table.assign(**{key: result_row(record)[key] for key in SAME}) if record.is_file() else table
 
 # %% ../nbs/17d_committed.ipynb #ec53bd00
-def redraw_curve(results: Path) -> str:  # empty, or why it could not be drawn
-    "The curve of the committed runs."
+def redraw_curve(
+    preset: str,
+    results: Path,  # folder of the committed tables
+) -> str:  # empty, or why it could not be drawn
+    "The curve of the preset's arms, from the committed runs."
     with TemporaryDirectory() as folder:
-        values = {"results": results.resolve() / "runs.csv", "arms": "", "output": folder}
+        values = {"results": results.resolve() / "runs.csv", "arms": " ".join(load_settings(preset).arms), "output": folder}
         failed = draw(from_root("paper_figures/retrieval_curve.ipynb"), values, Path(folder))
         if not failed:
             shutil.copy(Path(folder) / "retrieval_curve.svg", results)
@@ -203,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(take_committed(options.preset, results, data, runs / "committed", not options.unused))
         return 0
     print("\n".join(merge_results(options.preset, runs / "figures", results)))
-    failed = redraw_curve(results)
+    failed = redraw_curve(options.preset, results)
     print(failed, end="", file=sys.stderr)
     return int(bool(failed))
 
