@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from .figures import draw
-from .results import RUN, among, read_runs, read_table, result_row
+from .results import RUN, among, read_runs, read_table, result_row, run_folder
 from .settings import SettingsError, arm_names, digest, from_root, load_arm, load_settings
 from .training import write_atomically
 
@@ -160,8 +160,8 @@ def merge_results(
     results.mkdir(parents=True, exist_ok=True)
     other = (not_today(merged, preset, new.data.iloc[-1]) != "").sum()
     said = [f"{results}: {len(merged)} runs, {len(merged) - len(old)} of them new, {other} of other settings or data than today's"]
-    said += [f"replaced by the one trained again: {' '.join(map(str, row))}" for row in replaced[RUN].values.tolist()]
-    said += [f"ignored, its settings are not today's: {' '.join(map(str, row))}" for row in ignored[RUN].values.tolist()]
+    said += [f"replaced by the one trained again: {run_folder('', *row)}" for row in replaced[RUN].itertuples(index=False)]
+    said += [f"ignored, its settings are not today's: {run_folder('', *row)}" for row in ignored[RUN].itertuples(index=False)]
     for name in (*MANY, *ONE):
         said += put_beside(name, fresh / name, results / name, replaced, ignored)
     write_table(merged, results / "runs.csv")

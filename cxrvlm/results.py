@@ -141,7 +141,7 @@ def read_table(
     path: str | Path,  # a CSV that this package wrote
 ) -> pd.DataFrame:
     "Names are text, whatever they look like; only a blank is missing."
-    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""], float_precision="round_trip")
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
 
 def read_runs(
     path: str | Path,  # runs.csv

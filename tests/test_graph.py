@@ -172,7 +172,7 @@ def test_committed_runs_are_drawn_and_only_the_others_are_trained(runs, tmp_path
     assert (one.index == other.index).all() and (one - other).abs().max() < 1e-3
     assert (folder / "smoke/figures/neighbours.csv").read_bytes() == (runs / "smoke/figures/neighbours.csv").read_bytes()
     said = merge_results("smoke", folder / "smoke/figures", results / "smoke")
-    assert "6 runs, 0 of them new, 0 of other" in said[0] and said[1].endswith("smoke baseline 1.0 0") and len(said) == 2
+    assert "6 runs, 0 of them new, 0 of other" in said[0] and said[1].endswith("smoke/baseline/1/0") and len(said) == 2
 
 
 def test_only_what_is_missing_is_done_again(runs, tmp_path):

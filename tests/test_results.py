@@ -14,7 +14,17 @@ import cxrvlm.images
 import cxrvlm.settings
 from cxrvlm.committed import SAME, merge_results
 from cxrvlm.grounding import METRICS, read_grounding
-from cxrvlm.results import by_matching, over_seeds, paired_gains, read_results, read_runs, read_table, result_row, run_folder, write_result
+from cxrvlm.results import (
+    by_matching,
+    over_seeds,
+    paired_gains,
+    read_results,
+    read_runs,
+    read_table,
+    result_row,
+    run_folder,
+    write_result,
+)
 from cxrvlm.training import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +136,7 @@ def test_what_lies_beside_a_replaced_run_goes_with_it_and_is_named(tmp_path):
     pd.DataFrame([look | {"arm": arm} for arm in ("baseline", "ours")]).to_csv(kept / "grounding.csv", index=False)
     pd.DataFrame([{key: row[key] for key in SAME} | {"study_id": "1", "neighbour": "2"}]).to_csv(kept / "neighbours.csv", index=False)
     said = merge_results("smoke", fresh, kept)
-    assert said[1] == "replaced by the one trained again: smoke baseline 1.0 0" and len(said) == 4
+    assert said[1] == "replaced by the one trained again: smoke/baseline/1/0" and len(said) == 4
     assert all(f"{name}: 1 runs that were replaced had rows here" in line for name, line in zip(("grounding.csv", "neighbours.csv"), said[2:], strict=True))
     assert read_runs(kept / "runs.csv").auroc.tolist() == [0.7]
     assert read_grounding(kept).arm.tolist() == ["ours"] and not (kept / "neighbours.csv").exists()
