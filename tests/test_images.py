@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,7 @@ def bytes_of_broken_files():
         "flat16.png": encoded(np.full((20, 20), 700, np.uint16), "png"),
         "nan.tif": encoded(np.full((20, 20), np.nan, np.float32), "tiff"),
         "infinite.tif": encoded(np.where(gradient() > 90, np.inf, 0).astype(np.float32), "tiff"),
+        "negative.tif": encoded(np.where(gradient() > 90, -np.inf, 0).astype(np.float32), "tiff"),
     }
 
 
@@ -153,6 +156,70 @@ def test_exif_orientation(tmp_path, orientation, turned):
     Image.fromarray(gradient()).save(tmp_path / "turned.png", exif=exif)
     expected = read_image_of(Image.fromarray(np.ascontiguousarray(turned(gradient()))))
     assert (read_image("turned.png", 32, tmp_path) == expected).all()
+
+
+def white_is_zero(values):
+    "A TIFF whose zero is white, which Pillow writes for 8 bits only."
+    kind = 3 if values.dtype.kind == "f" else 1
+    tags = {256: values.shape[1], 257: values.shape[0], 258: values.itemsize * 8, 259: 1, 262: 0, 273: 8, 277: 1, 278: values.shape[0], 279: values.nbytes, 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if value > 65535 else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("kind", ["u1", "<u2", "<f4"])
+def test_white_is_zero_in_any_depth(tmp_path, kind):
+    values = gradient().astype(float) / 255
+    full = 1 if kind == "<f4" else np.iinfo(kind).max
+    (tmp_path / "white.tif").write_bytes(white_is_zero((full * (1 - values)).astype(kind)))
+    stretched = Image.fromarray((255 * (values if kind == "u1" else values / values.max())).astype(np.float32))
+    assert np.abs(read_image("white.tif", 32, tmp_path) - read_image_of(stretched)).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_a_picture_of_one_value_is_none(tmp_path, mode):
+    Image.new(mode, (20, 20)).save(tmp_path / "black.tif")
+    with pytest.raises(ImageError, match="black.tif: its pixels are all equal"):
+        read_image("black.tif", 32, tmp_path)
+
+
+def test_a_picture_that_is_wholly_transparent_is_none(tmp_path):
+    pixels = np.dstack([gradient()] * 3 + [np.zeros_like(gradient())])
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    with pytest.raises(ImageError, match="all equal"):
+        read_image("clear.png", 32, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["film.gif", "film.png", "film.webp", "film.tif"])
+def test_several_pictures_in_one_file_are_not_guessed_at(tmp_path, name):
+    picture = Image.fromarray(gradient())
+    picture.save(tmp_path / name, save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
+    with pytest.raises(ImageError, match="it has 3 pages, frames or layers; save the one that is meant"):
+        read_image(name, 32, tmp_path)
+    picture.save(tmp_path / f"one-{name}", save_all=True)
+    assert np.abs(read_image(f"one-{name}", 32, tmp_path) - read_image_of(picture)).max() <= 16  # WebP is lossy
+
+
+def test_of_a_phones_two_pictures_the_first_is_meant(tmp_path):
+    picture = Image.fromarray(gradient())
+    picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[picture.rotate(90)], quality=95)
+    assert np.abs(read_image("phone.jpg", 32, tmp_path) - read_image_of(picture)).max() <= 4
+
+
+def deep_colours(values):
+    "A PNG of 16 bits a colour, which Pillow does not write."
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colours_of_16_bits_are_read_and_of_12_in_16_refused(tmp_path):
+    (tmp_path / "full.png").write_bytes(deep_colours(gradient().astype(int) * 257))
+    assert np.abs(read_image("full.png", 32, tmp_path) - read_image_of(Image.fromarray(gradient()))).max() <= 1
+    (tmp_path / "dark.png").write_bytes(deep_colours(gradient().astype(int) * 16))
+    with pytest.raises(ImageError, match="leave bits of their 16 unused"):
+        read_image("dark.png", 32, tmp_path)
 
 
 @FEW
