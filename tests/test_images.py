@@ -374,6 +374,103 @@ def test_finished_store_is_reused(tmp_path, no_decoding):
     assert len(fewer) == 5 and (fewer[names[4]] == store[names[4]]).all()
 
 
+def shade(path, value):
+    "A picture that is mostly of one gray, written anew."
+    pixels = np.full((24, 24), value, np.uint8)
+    pixels[0, 0] = 255 - value
+    Image.fromarray(pixels).save(path)
+    os.utime(path, ns=(0, value * 10**9))  # as coarse a clock as some disks have
+
+
+def middle(store, name):
+    return int(store[name][8, 8])
+
+
+@pytest.mark.parametrize("broken", [lambda path: path.write_bytes(path.read_bytes()[:60]), Path.unlink, lambda path: path.write_bytes(b"")])
+def test_what_is_mended_is_read_by_the_next_build(tmp_path, broken):
+    names = make_files(tmp_path / "files", 4)
+    whole = (tmp_path / "files" / names[0]).read_bytes()
+    broken(tmp_path / "files" / names[0])
+    first = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert first.failed.ref.tolist() == [names[0]]
+    (tmp_path / "files" / names[0]).write_bytes(whole)
+    again = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert again.failed.empty and again.contents != first.contents
+    assert (again[names[0]] == read_image(names[0], 16, tmp_path / "files")).all()
+    assert again.contents == ImageStore.build(names, tmp_path / "other", 16, root=tmp_path / "files").contents
+
+
+def test_a_file_that_was_replaced_is_read_again_and_who_reads_the_old_one_keeps_it(tmp_path):
+    for name, value in (("a.png", 10), ("b.png", 20), ("c.png", 30)):
+        shade(tmp_path / name, value)
+    names = ["a.png", "b.png"]
+    old = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    shade(tmp_path / "a.png", 200)
+    (tmp_path / "b.png").unlink()
+    new = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    assert (middle(old, "a.png"), middle(new, "a.png"), middle(new, "b.png")) == (10, 200, 20) and new.folder == old.folder
+    assert new.contents != old.contents
+    shade(tmp_path / "a.png", 100)
+    grown = ImageStore.build([*names, "c.png"], tmp_path / "stores", 16, root=tmp_path)
+    assert [middle(grown, name) for name in ("a.png", "b.png", "c.png")] == [100, 20, 30]
+
+
+def test_a_file_that_was_replaced_by_a_broken_one_is_lost_and_said(tmp_path):
+    names = make_files(tmp_path / "files", 3)
+    ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    (tmp_path / "files" / names[1]).write_bytes(b"by post")
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert store.failed.ref.tolist() == [names[1]] and len(store) == 2
+
+
+def test_an_update_that_is_killed_goes_on(tmp_path, monkeypatch):
+    names, read = [f"{n}.png" for n in range(6)], images.read_image
+    for name in names:
+        shade(tmp_path / name, 10)
+    ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    for name in names[:4]:
+        shade(tmp_path / name, 200)
+
+    def stop(ref, *rest):
+        if ref == names[2]:
+            raise KeyboardInterrupt
+        return read(ref, *rest)
+    monkeypatch.setattr(images, "CHUNK", 1)
+    monkeypatch.setattr(images, "read_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    monkeypatch.setattr(images, "read_image", read)
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    assert [middle(store, name) for name in names] == [200] * 4 + [10] * 2
+
+
+def test_a_store_of_before_is_looked_through_once(tmp_path, no_decoding):
+    names = make_files(tmp_path / "files", 5)
+    refs = [*names, phantom_reference(0, [])]
+    store = ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files")
+    (store.folder / "seen.npy").unlink()
+    (tmp_path / "files" / names[0]).unlink()  # an archive that is unmounted since: its row stays
+    again = ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert (again.pixels == store.pixels).all() and again.failed.empty
+    no_decoding()
+    assert ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files").contents == again.contents
+
+
+def test_phantoms_have_no_bytes(tmp_path):
+    assert ImageStore.build([phantom_reference(0, [])], tmp_path, 16).contents == ""
+
+
+def test_looking_is_all_that_a_finished_store_costs(tmp_path, monkeypatch):
+    names = make_files(tmp_path / "files", 12)
+    ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+
+    def refuse(*_):
+        raise AssertionError("a file was read")
+    monkeypatch.setattr(images.hashlib, "file_digest", refuse)
+    monkeypatch.setattr(images, "read_image", refuse)
+    assert len(ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")) == 12
+
+
 def test_failed_and_unknown_references_are_refused(tmp_path):
     names = make_files(tmp_path / "files", 3)
     (tmp_path / "files" / "half.png").write_bytes((tmp_path / "files" / names[0]).read_bytes()[:60])
