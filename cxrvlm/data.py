@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['RESTRICTED', 'read_source', 'check_split', 'load_studies', 'is_restricted', 'check_shown', 'too_many_unreadable',
-           'open_store', 'data_fingerprint', 'make_tokenizer']
+           'open_store', 'data_fingerprint', 'source_files', 'changed_pictures', 'watch_source', 'make_tokenizer']
 
 # %% ../nbs/07a_data.ipynb #30f0e969
 import hashlib
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from .images import ImageError, ImageStore
+from .images import ImageError, ImageStore, changed_files
 from .mimic import load_mimic
 from .openi import load_openi
 from .sampler import sample_studies
-from .settings import Settings, SettingsError, from_root
+from .settings import Settings, SettingsError, from_root, short_hash
 from .studies import SPLITS, StudiesError, check_studies, fingerprint, load_table, patients_on_two_sides, split_by_patient
 from .text import load_tokenizer, train_tokenizer
+from .training import write_atomically
 
 # %% ../nbs/07a_data.ipynb #4da19460
 def read_source(
@@ -121,6 +124,44 @@ def data_fingerprint(
     "A digest of the table and of its images' bytes."
     table = fingerprint(studies)
     return hashlib.sha256(f"{table} {store.contents}".encode()).hexdigest()[:16] if store.contents else table
+
+# %% ../nbs/07a_data.ipynb #725c08b5
+def source_files(
+    settings: Settings,
+) -> list[Path]:  # none for phantoms and for Open-i's reports, which come with a package
+    "The tables and archives that the studies are read from."
+    data = from_root(settings.data)
+    if settings.source == "mimic":
+        return sorted([*data.glob("mimic-cxr-2.0.0-*.csv*"), *data.glob("mimic-cxr-reports.zip")])
+    return [data] if settings.source == "table" else []
+
+def changed_pictures(
+    folder: Path,  # of the prepared data
+) -> str:  # a digest of those that changed; empty if none did, or nothing is prepared
+    "Which pictures look different from when the data were prepared."
+    record = folder / "data.json"
+    name = json.loads(record.read_text()).get("store", "") if record.exists() else ""
+    if not name or not (folder / name / "index.json").exists():
+        return ""
+    refs = json.loads((folder / name / "index.json").read_text(encoding="utf-8"))["refs"]
+    changed, now = changed_files(folder / name, refs, None)
+    return short_hash(str([(refs[row], now[row].item()[:2]) for row in np.flatnonzero(changed)])) if changed.any() else ""
+
+# %% ../nbs/07a_data.ipynb #51ef5e7c
+def watch_source(
+    settings: Settings,
+    folder: Path,  # of the prepared data
+) -> list[str]:  # the path of source.json; none if nothing can change
+    "Write down what the source looks like, if it is not what is written there."
+    if settings.source == "phantom" or not settings.data:
+        return []
+    path = Path(folder) / "source.json"
+    before = json.loads(path.read_text()) if path.exists() else {"tables": {}, "pictures": ""}
+    tables = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "" for file in source_files(settings)}
+    now = {"tables": tables, "pictures": changed_pictures(Path(folder)) or before["pictures"]}
+    if now != before or not path.exists():
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(now, indent=1) + "\n"))
+    return [str(path)]
 
 # %% ../nbs/07a_data.ipynb #ae20b907
 def make_tokenizer(

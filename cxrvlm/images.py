@@ -6,7 +6,8 @@
 __all__ = ['SMALLEST', 'FORMAT', 'STATE', 'CHUNK', 'MANY', 'PAPER_SIZE', 'ImageError', 'UnclearError', 'open_with_pillow',
            'decode', 'to_gray', 'to_square', 'read_image', 'edition', 'content_fingerprint', 'look', 'file_states',
            'seen_before', 'reserve', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill', 'ImageStore',
-           'carry_over', 'due', 'bring_up_to_date', 'to_float', 'affine_map', 'blur', 'augmentation', 'augment']
+           'carry_over', 'changed_files', 'due', 'bring_up_to_date', 'to_float', 'affine_map', 'blur', 'augmentation',
+           'augment']
 
 # %% ../nbs/06_images.ipynb #a0e27f43
 import errno
@@ -388,6 +389,15 @@ def carry_over(
         note(pixels, done, seen, fresh)
 
 # %% ../nbs/06_images.ipynb #b670d564
+def changed_files(
+    folder: Path,  # of a store
+    refs: list[str],  # one for each row
+    root: Path | None,  # folder that relative paths start from
+) -> tuple[np.ndarray, np.ndarray]:  # bool [N]: which files are there and look different from when they were read; STATE [N]: how
+    "What happened to the files since."
+    now, seen = file_states(refs, root), seen_before(folder, len(refs))
+    return (now["size"] >= 0) & ((seen["size"] != now["size"]) | (seen["time"] != now["time"])), now
+
 def due(
     folder: Path,  # of a store with its arrays
     refs: list[str],  # one for each row
@@ -395,9 +405,8 @@ def due(
     again: bool = False,  # all, whatever they look like
 ) -> np.ndarray:  # rows
     "Which rows must be decoded anew?"
-    now, seen, done = file_states(refs, root), seen_before(folder, len(refs)), np.load(folder / "done.npy")
-    same = (seen["size"] == now["size"]) & (seen["time"] == now["time"])
-    return np.flatnonzero((now["size"] >= 0) & ~(done & same & (not again)))
+    changed, now = changed_files(folder, refs, root)
+    return np.flatnonzero((now["size"] >= 0) & (changed | again | ~np.load(folder / "done.npy")))
 
 def bring_up_to_date(
     folder: Path,  # of the store
