@@ -607,6 +607,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cxrvlm.results.markdown': ('results.html#markdown', 'cxrvlm/results.py'),
                                 'cxrvlm.results.markdown_table': ('results.html#markdown_table', 'cxrvlm/results.py'),
                                 'cxrvlm.results.multiplier_text': ('results.html#multiplier_text', 'cxrvlm/results.py'),
+                                'cxrvlm.results.one_data': ('results.html#one_data', 'cxrvlm/results.py'),
                                 'cxrvlm.results.only_preset': ('results.html#only_preset', 'cxrvlm/results.py'),
                                 'cxrvlm.results.over_seeds': ('results.html#over_seeds', 'cxrvlm/results.py'),
                                 'cxrvlm.results.paired_gains': ('results.html#paired_gains', 'cxrvlm/results.py'),

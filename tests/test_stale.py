@@ -12,10 +12,11 @@ from PIL import Image
 
 from cxrvlm.data import data_fingerprint, load_studies, open_store, watch_source
 from cxrvlm.images import ImageError
+from cxrvlm.results import over_seeds, paired_gains, read_results
 from cxrvlm.settings import digest, load_arm, load_settings, read_ini, replace
 from cxrvlm.studies import fingerprint
 from cxrvlm.training import load_checkpoint, save_checkpoint
-from notebooks import copy_tree
+from notebooks import ROOT, copy_tree
 
 
 def picture(path, number):
@@ -122,6 +123,15 @@ def test_a_source_that_changed_is_written_down_and_one_that_was_touched_is_not(m
 
 def test_phantoms_have_no_source_to_watch(tmp_path):
     assert watch_source(load_settings("smoke"), tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+def test_no_figure_mixes_two_data_sets():
+    runs = pd.DataFrame({"preset": "mine", "arm": "baseline", "fraction": [0.5, 1], "seed": 0, "auroc": 0.7, "train_pairs": 20, "data": ["c9078169", "6314818d"]})
+    for show in (over_seeds, lambda runs: paired_gains(runs, "baseline")):
+        with pytest.raises(ValueError, match=r"mine were made from 2 different data \(6314818d: 1, e\.g\. baseline at 1 .*c9078169: 1, e\.g\. baseline at 0\.5"):
+            show(runs)
+    assert len(over_seeds(runs.assign(data="c9078169"))) == 2
+    assert len(over_seeds(read_results(ROOT / "results/demo/runs.csv")))  # what is committed stays valid
 
 
 @pytest.mark.timeout(1200)
