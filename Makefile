@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run figures openi-images test gpu-test lab outputs results clean
+.PHONY: help install demo run figures openi-images test gpu-test benchmarks lab outputs results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ gpu-test: install ## the tests that need a GPU
 	@pytest -m gpu
 	@nbdev-test --flags cuda
 
+BENCHMARKS ?= --json build/benchmarks.json
+
+benchmarks: install ## time ours beside its references, in ten minutes on 2 quiet cores; BENCHMARKS='--device cuda' on a GPU
+	@HF_HUB_OFFLINE=1 python -m benchmarks $(BENCHMARKS)
+
 lab: install ## read and run the notebooks in Jupyter
 	@jupyter lab nbs
 
@@ -56,4 +61,5 @@ results: ## copy the tables and the curve of PRESET from runs/ to results/, for 
 
 clean: ## remove what make and snakemake left, except .venv and runs
 	@rm -rf .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@git worktree prune 2>/dev/null || true  # of the benchmarks' reference, which was in build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
