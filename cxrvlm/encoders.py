@@ -62,7 +62,8 @@ class TimmFeatures(nn.Module):
 
     def forward(self, images):
         if self.size and images.shape[-2:] != (self.size, self.size):
-            raise ValueError(f"this image encoder is built for {self.size} x {self.size} px, not {images.shape[-2]} x {images.shape[-1]}")
+            raise ValueError(f"this image encoder is built for {self.size} x {self.size} px, not {images.shape[-2]} x {images.shape[-1]}: "
+                             "resize them, or build it with that image_size")
         regions = self.model(images)[-1]
         return regions.permute(0, 3, 1, 2) if self.channels_last else regions
 
