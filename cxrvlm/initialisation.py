@@ -224,7 +224,7 @@ def build_model(
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights"))
-        model = DualEncoder(settings.image_encoder, text.config.to_diff_dict(), settings.embed_dim, special)
+        model = DualEncoder(settings.image_encoder, text.config.to_diff_dict(), settings.embed_dim, special, settings.image_size)
     starts = {"generic": settings.image_weights, "random": "random", "imagenet": "imagenet"}
     weights = starts.get(arm.image_init) or adapted(simclr_folder(stage1, seed), "backbone.safetensors")
     load_backbone(model.image_encoder, settings.image_encoder, weights, settings.weights)

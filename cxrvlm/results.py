@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'RUN', 'SINCE', 'TEXT', 'COLOURS', 'run_folder', 'git', 'instructions', 'computed_on', 'provenance',
            'write_result', 'result_row', 'read_table', 'read_runs', 'among', 'find_results', 'read_results',
-           'only_preset', 'by_matching', 'over_seeds', 'markdown', 'markdown_table', 'paired_gains', 'gain_table',
-           'placements', 'placement_table', 'number_patients', 'read_beside', 'seed_weights', 'resampled_means',
-           'patient_sums', 'hierarchical_bootstrap', 'data_multiplier', 'multiplier_text', 'interval', 'arm_colours',
-           'plot_fractions', 'save_table', 'save_figure']
+           'only_preset', 'one_data', 'by_matching', 'over_seeds', 'markdown', 'markdown_table', 'paired_gains',
+           'gain_table', 'placements', 'placement_table', 'number_patients', 'read_beside', 'seed_weights',
+           'resampled_means', 'patient_sums', 'hierarchical_bootstrap', 'data_multiplier', 'multiplier_text',
+           'interval', 'arm_colours', 'plot_fractions', 'save_table', 'save_figure']
 
 # %% ../nbs/17_results.ipynb #49fb37e8
 import json
@@ -192,12 +192,26 @@ def only_preset(
         raise ValueError(f"these are runs of several presets ({', '.join(names)}): give the folder of one, runs/<preset>")
     return names[0]
 
+# %% ../nbs/17_results.ipynb #21a0e2fd
+def one_data(
+    runs: pd.DataFrame,  # from `read_results`
+) -> pd.DataFrame:  # the same
+    "Refuse runs of one preset that were made from different data or splits."
+    keys = ["preset", "fold"] if "fold" in runs else ["preset"]
+    for _, group in runs.groupby(keys, dropna=False) if "data" in runs else []:
+        if group.data.nunique() > 1:
+            parts = [f"{data}: {len(part)}, e.g. {part.arm.iloc[0]} at {part.fraction.iloc[0]:g} with seed {part.seed.iloc[0]}" for data, part in group.groupby("data")]
+            preset = group.preset.iloc[0]
+            raise ValueError(f"the runs of {preset} were made from {len(parts)} different data ({'; '.join(parts)}), which no figure may mix: "
+                             f"`make run PRESET={preset}` makes the older ones again; or give a folder with the runs of one")
+    return runs
+
 # %% ../nbs/17_results.ipynb #f97c9068
 def by_matching(
     runs: pd.DataFrame,  # from `read_results`, one row per run
 ) -> pd.DataFrame:  # one row per run and matching; the column `matching` is global or local
     "Give each matching of a run its own row, with the same metrics in the same columns."
-    runs = runs.reset_index(drop=True)
+    runs = one_data(runs).reset_index(drop=True)
     local = [name for name in runs.columns if name.startswith("local_")]
     plain = [name.removeprefix("local_") for name in local]
     base = runs.drop(columns=local)

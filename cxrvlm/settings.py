@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'Share', 'Weight', 'Floats', 'Fractions', 'Prompt', 'Prompts', 'AROUND', 'STAGE1',
-           'LOCAL', 'DECLIP', 'SHARED', 'USED', 'words', 'Checked', 'DataSettings', 'EncoderSettings',
+           'LOCAL', 'DECLIP', 'SHARED', 'USED', 'words', 'Checked', 'DataSettings', 'GuardSettings', 'EncoderSettings',
            'TrainingSettings', 'SweepSettings', 'VLMAugmentations', 'SimCLRAugmentations', 'Stage1Settings',
            'Stage1Training', 'LocalSettings', 'DeCLIPSettings', 'prompts', 'EvaluationSettings', 'Settings', 'Arm',
            'SettingsError', 'from_root', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'load_settings',
@@ -50,6 +50,11 @@ class DataSettings(Checked):
     split: Literal["patient", "folder", "official", "column"]  # seeded by patient, by MIMIC's folders, its file, or the table's column
     split_seed: Count  # draws the split by patient; one for all runs, so that they share a test set
     image_size: Annotated[int, Field(ge=32)]  # side of the square image, pixels
+
+# %% ../nbs/00_settings.ipynb #69ba08ab
+class GuardSettings(Checked):
+    "What a run puts up with."
+    unreadable: Share = 0.01  # share of the images that may be unreadable; beyond it a run stops and says why
 
 # %% ../nbs/00_settings.ipynb #31b4a7b1
 class EncoderSettings(Checked):
@@ -192,7 +197,7 @@ class EvaluationSettings(Checked):
 # %% ../nbs/00_settings.ipynb #5096dd1c
 class Settings(
     DataSettings, EncoderSettings, TrainingSettings, SweepSettings, VLMAugmentations, SimCLRAugmentations,
-    Stage1Settings, Stage1Training, LocalSettings, DeCLIPSettings, EvaluationSettings,
+    Stage1Settings, Stage1Training, LocalSettings, DeCLIPSettings, EvaluationSettings, GuardSettings,
 ):
     "All numbers of one preset."
     preset: str  # the section they come from
@@ -379,7 +384,7 @@ def keys_of(*groups: type[BaseModel], but: str = "") -> set[str]:
     "The names of the settings in some groups, without those that start with a prefix."
     return {key for group in groups for key in group.model_fields if not but or not key.startswith(but)}
 
-AROUND = keys_of(SweepSettings, EvaluationSettings) | {"preset", "workers", "device", "weights", "restricted"}  # change no training
+AROUND = keys_of(SweepSettings, EvaluationSettings, GuardSettings) | {"preset", "workers", "device", "weights", "restricted"}  # change no training
 STAGE1 = keys_of(Stage1Settings, Stage1Training, SimCLRAugmentations)
 LOCAL = keys_of(LocalSettings)
 DECLIP = keys_of(DeCLIPSettings)

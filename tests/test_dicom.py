@@ -92,6 +92,111 @@ def test_padding_is_black_and_takes_no_part_in_the_range(tmp_path):
         assert square[:3].max() == 0 and square[6:].max() > 230
 
 
+SHORT = {"PixelPaddingValue": (0x0028, 0x0120), "PixelPaddingRangeLimit": (0x0028, 0x0121)}
+
+
+@pytest.mark.parametrize(("low", "bits", "padded", "written"), [
+    (-500, 16, [-2000], {"PixelPaddingValue": ("US", 63536)}),
+    (-500, 16, [-2000], {"PixelPaddingValue": ("SS", -2000)}),
+    (0, 16, [65535], {"PixelPaddingValue": ("SS", -1)}),
+    (0, 16, [65530, 65535], {"PixelPaddingValue": ("US", 65535), "PixelPaddingRangeLimit": ("US", 65500)}),
+    (0, 16, [65530, 65535], {"PixelPaddingValue": ("SS", -36), "PixelPaddingRangeLimit": ("SS", -1)}),
+    (-500, 16, [-2000, -1024], {"PixelPaddingValue": ("US", 63536), "PixelPaddingRangeLimit": ("US", 64512)}),
+    (0, 12, [65535], {"PixelPaddingValue": ("US", 65535)}),  # more bits than a measurement has
+    (-500, 12, [-2000], {"PixelPaddingValue": ("US", 63536)}),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["MONOCHROME2", "MONOCHROME1"])
+def test_padding_of_either_sign_and_as_a_range(tmp_path, low, bits, padded, written, kind):
+    values = gradient(low, low + 2000)
+    values[:6], values[6:12] = padded[0], padded[-1]
+    path = store(tmp_path / "x", values, BitsStored=bits, HighBit=bits - 1, PhotometricInterpretation=kind)
+    dataset = pydicom.dcmread(path)
+    for name, (vr, value) in written.items():
+        dataset.add_new(SHORT[name], vr, value)
+    dataset.save_as(path)
+    measured = values[12:]
+    values[:12] = measured.min() if kind == "MONOCHROME2" else measured.max()
+    plain = store(tmp_path / "y", values, PhotometricInterpretation=kind)
+    assert np.array_equal(read_image(path, 40), read_image(plain, 40))
+
+
+def test_what_is_no_padding_stays(tmp_path):
+    "A limit without a value says nothing, and neither does an empty value."
+    plain = read_image(store(tmp_path / "y", gradient()), 32)
+    for tags in ({"PixelPaddingRangeLimit": 3000}, {"PixelPaddingValue": None}, {"PixelPaddingValue": None, "PixelPaddingRangeLimit": 3000}):
+        assert np.array_equal(read_image(store(tmp_path / "x", gradient(), **tags), 32), plain)
+
+
+def table_of(bits=8, entries=4096, **changes):
+    item = pydicom.Dataset()
+    item.LUTDescriptor, item.LUTData = [entries, 0, bits], np.linspace(0, 2**bits - 1, entries).astype("<u2").tobytes()
+    item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "OW"
+    for name, value in changes.items():
+        item[name].value = value
+    return item
+
+
+EMPTY = {
+    "slope and intercept": {"RescaleSlope": None, "RescaleIntercept": None},
+    "slope": {"RescaleSlope": None, "RescaleIntercept": -1024},
+    "intercept": {"RescaleSlope": 2, "RescaleIntercept": None},
+    "VOI function": {"WindowCenter": 2047.5, "WindowWidth": 4096, "VOILUTFunction": None},
+    "window": {"WindowCenter": None, "WindowWidth": None},
+    "width": {"WindowCenter": 100, "WindowWidth": None},
+    "VOI sequence": {"VOILUTSequence": []},
+    "VOI item": {"VOILUTSequence": [pydicom.Dataset()]},
+    "VOI descriptor": {"VOILUTSequence": [table_of(LUTDescriptor=None)]},
+    "VOI data": {"VOILUTSequence": [table_of(LUTData=b"")]},
+    "modality sequence": {"ModalityLUTSequence": []},
+    "modality item": {"ModalityLUTSequence": [pydicom.Dataset()]},
+    "frames": {"NumberOfFrames": None},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_element_says_nothing(tmp_path, name):
+    plain, odd = (read_image(store(tmp_path / "x", gradient(), **tags), 32).astype(int) for tags in ({}, EMPTY[name]))
+    assert np.abs(plain - odd).max() <= 1
+
+
+def test_a_table_of_bytes_is_looked_up_for_more_than_bytes(tmp_path):
+    plain, looked_up = (read_image(store(tmp_path / "x", gradient(), **tags), 32).astype(int) for tags in ({}, {"VOILUTSequence": [table_of()]}))
+    assert np.abs(plain - looked_up).max() <= 1
+
+
+def in_colours(path, values, bits, photometric="RGB", **tags):
+    "Gray values in three channels, of 8 or 16 bits."
+    store(path, np.zeros(values.shape[:2], int))
+    dataset = pydicom.dcmread(path)
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = (3 if values.ndim == 3 else 1), photometric
+    dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = values.itemsize * 8, bits, bits - 1
+    dataset.PixelData = values.tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+        dataset[name].VR = "OW" if name.endswith("Data") else "US"
+    dataset.save_as(path)
+    return read_image(path, 32).astype(int)
+
+
+@pytest.mark.parametrize(("bits", "says", "kind"), [(12, 12, "<u2"), (12, 16, "<u2"), (16, 16, "<u2"), (10, 10, "<u2"), (8, 8, "<u2"), (8, 8, "u1"), (6, 6, "u1")])
+def test_colours_of_fewer_bits_than_there_is_room_for(tmp_path, bits, says, kind):
+    values = gradient(0, 2**bits - 1)[..., None].repeat(3, axis=2).astype(kind)
+    expected = in_colours(tmp_path / "x", gradient(0, 255)[..., None].repeat(3, axis=2).astype("u1"), 8)
+    assert np.abs(in_colours(tmp_path / "y", values, says) - expected).max() <= 255 / 2**bits + 1
+
+
+@pytest.mark.parametrize(("entries", "bits", "kind"), [(256, 8, "u1"), (256, 8, "<u2"), (256, 16, "<u2"), (256, 12, "<u2"), (4096, 8, "u1"), (4096, 16, "<u2")])
+def test_palettes(tmp_path, entries, bits, kind):
+    colours = np.linspace(0, 2**bits - 1, entries).astype(kind).tobytes()
+    tags = {f"{c}PaletteColorLookupTableDescriptor": [entries, 0, bits] for c in ("Red", "Green", "Blue")}
+    tags |= {f"{c}PaletteColorLookupTableData": colours for c in ("Red", "Green", "Blue")}
+    expected = in_colours(tmp_path / "x", gradient(0, 255)[..., None].repeat(3, axis=2).astype("u1"), 8)
+    places = gradient(0, entries - 1).astype("u1" if entries <= 256 else "<u2")
+    found = in_colours(tmp_path / "y", places, 8 if entries <= 256 else 12, "PALETTE COLOR", **tags)
+    assert np.abs(found - expected).max() <= 2
+
+
 @FEW
 @given(st.integers(200, 3800), st.integers(10, 2000), st.sampled_from([(1, 0), (2, -1024), (0.5, 3)]))
 def test_a_window_is_a_ramp(tmp_path_factory, centre, width, line):

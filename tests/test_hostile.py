@@ -86,6 +86,9 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (lambda path: path.mkdir(), "excluded: this is a folder, not an image"),
     "no permission to read": (unreadable, "excluded: there is no permission to read it"),
     "no file": (lambda path: None, "excluded: there is no such file"),
+    "all black": (lambda path: Image.new("L", (80, 60)).save(path), "excluded: its pixels are all equal"),
+    "all transparent": (lambda path: Image.new("RGBA", (80, 60)).save(path), "excluded: its pixels are all equal"),
+    "two frames": (lambda path: picture().save(path, save_all=True, append_images=[picture().rotate(90)]), "excluded: it has 2 pages, frames or layers"),
     "half a DICOM": (lambda path: path.write_bytes(bytes(128) + b"DICM" + bytes(50)), "excluded: "),
 }
 

@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,7 @@ def bytes_of_broken_files():
         "flat16.png": encoded(np.full((20, 20), 700, np.uint16), "png"),
         "nan.tif": encoded(np.full((20, 20), np.nan, np.float32), "tiff"),
         "infinite.tif": encoded(np.where(gradient() > 90, np.inf, 0).astype(np.float32), "tiff"),
+        "negative.tif": encoded(np.where(gradient() > 90, -np.inf, 0).astype(np.float32), "tiff"),
     }
 
 
@@ -153,6 +156,70 @@ def test_exif_orientation(tmp_path, orientation, turned):
     Image.fromarray(gradient()).save(tmp_path / "turned.png", exif=exif)
     expected = read_image_of(Image.fromarray(np.ascontiguousarray(turned(gradient()))))
     assert (read_image("turned.png", 32, tmp_path) == expected).all()
+
+
+def white_is_zero(values):
+    "A TIFF whose zero is white, which Pillow writes for 8 bits only."
+    kind = 3 if values.dtype.kind == "f" else 1
+    tags = {256: values.shape[1], 257: values.shape[0], 258: values.itemsize * 8, 259: 1, 262: 0, 273: 8, 277: 1, 278: values.shape[0], 279: values.nbytes, 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if value > 65535 else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + values.nbytes) + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("kind", ["u1", "<u2", "<f4"])
+def test_white_is_zero_in_any_depth(tmp_path, kind):
+    values = gradient().astype(float) / 255
+    full = 1 if kind == "<f4" else np.iinfo(kind).max
+    (tmp_path / "white.tif").write_bytes(white_is_zero((full * (1 - values)).astype(kind)))
+    stretched = Image.fromarray((255 * (values if kind == "u1" else values / values.max())).astype(np.float32))
+    assert np.abs(read_image("white.tif", 32, tmp_path) - read_image_of(stretched)).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_a_picture_of_one_value_is_none(tmp_path, mode):
+    Image.new(mode, (20, 20)).save(tmp_path / "black.tif")
+    with pytest.raises(ImageError, match="black.tif: its pixels are all equal"):
+        read_image("black.tif", 32, tmp_path)
+
+
+def test_a_picture_that_is_wholly_transparent_is_none(tmp_path):
+    pixels = np.dstack([gradient()] * 3 + [np.zeros_like(gradient())])
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    with pytest.raises(ImageError, match="all equal"):
+        read_image("clear.png", 32, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["film.gif", "film.png", "film.webp", "film.tif"])
+def test_several_pictures_in_one_file_are_not_guessed_at(tmp_path, name):
+    picture = Image.fromarray(gradient())
+    picture.save(tmp_path / name, save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
+    with pytest.raises(ImageError, match="it has 3 pages, frames or layers; save the one that is meant"):
+        read_image(name, 32, tmp_path)
+    picture.save(tmp_path / f"one-{name}", save_all=True)
+    assert np.abs(read_image(f"one-{name}", 32, tmp_path) - read_image_of(picture)).max() <= 16  # WebP is lossy
+
+
+def test_of_a_phones_two_pictures_the_first_is_meant(tmp_path):
+    picture = Image.fromarray(gradient())
+    picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[picture.rotate(90)], quality=95)
+    assert np.abs(read_image("phone.jpg", 32, tmp_path) - read_image_of(picture)).max() <= 4
+
+
+def deep_colours(values):
+    "A PNG of 16 bits a colour, which Pillow does not write."
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colours_of_16_bits_are_read_and_of_12_in_16_refused(tmp_path):
+    (tmp_path / "full.png").write_bytes(deep_colours(gradient().astype(int) * 257))
+    assert np.abs(read_image("full.png", 32, tmp_path) - read_image_of(Image.fromarray(gradient()))).max() <= 1
+    (tmp_path / "dark.png").write_bytes(deep_colours(gradient().astype(int) * 16))
+    with pytest.raises(ImageError, match="leave bits of their 16 unused"):
+        read_image("dark.png", 32, tmp_path)
 
 
 @FEW
@@ -305,6 +372,103 @@ def test_finished_store_is_reused(tmp_path, no_decoding):
         ImageStore.build([*names, "new.png"], tmp_path / "stores", 16, root=tmp_path / "files")
     fewer = ImageStore.build(names[:5], tmp_path / "stores", 16, root=tmp_path / "files")
     assert len(fewer) == 5 and (fewer[names[4]] == store[names[4]]).all()
+
+
+def shade(path, value):
+    "A picture that is mostly of one gray, written anew."
+    pixels = np.full((24, 24), value, np.uint8)
+    pixels[0, 0] = 255 - value
+    Image.fromarray(pixels).save(path)
+    os.utime(path, ns=(0, value * 10**9))  # as coarse a clock as some disks have
+
+
+def middle(store, name):
+    return int(store[name][8, 8])
+
+
+@pytest.mark.parametrize("broken", [lambda path: path.write_bytes(path.read_bytes()[:60]), Path.unlink, lambda path: path.write_bytes(b"")])
+def test_what_is_mended_is_read_by_the_next_build(tmp_path, broken):
+    names = make_files(tmp_path / "files", 4)
+    whole = (tmp_path / "files" / names[0]).read_bytes()
+    broken(tmp_path / "files" / names[0])
+    first = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert first.failed.ref.tolist() == [names[0]]
+    (tmp_path / "files" / names[0]).write_bytes(whole)
+    again = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert again.failed.empty and again.contents != first.contents
+    assert (again[names[0]] == read_image(names[0], 16, tmp_path / "files")).all()
+    assert again.contents == ImageStore.build(names, tmp_path / "other", 16, root=tmp_path / "files").contents
+
+
+def test_a_file_that_was_replaced_is_read_again_and_who_reads_the_old_one_keeps_it(tmp_path):
+    for name, value in (("a.png", 10), ("b.png", 20), ("c.png", 30)):
+        shade(tmp_path / name, value)
+    names = ["a.png", "b.png"]
+    old = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    shade(tmp_path / "a.png", 200)
+    (tmp_path / "b.png").unlink()
+    new = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    assert (middle(old, "a.png"), middle(new, "a.png"), middle(new, "b.png")) == (10, 200, 20) and new.folder == old.folder
+    assert new.contents != old.contents
+    shade(tmp_path / "a.png", 100)
+    grown = ImageStore.build([*names, "c.png"], tmp_path / "stores", 16, root=tmp_path)
+    assert [middle(grown, name) for name in ("a.png", "b.png", "c.png")] == [100, 20, 30]
+
+
+def test_a_file_that_was_replaced_by_a_broken_one_is_lost_and_said(tmp_path):
+    names = make_files(tmp_path / "files", 3)
+    ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    (tmp_path / "files" / names[1]).write_bytes(b"by post")
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert store.failed.ref.tolist() == [names[1]] and len(store) == 2
+
+
+def test_an_update_that_is_killed_goes_on(tmp_path, monkeypatch):
+    names, read = [f"{n}.png" for n in range(6)], images.read_image
+    for name in names:
+        shade(tmp_path / name, 10)
+    ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    for name in names[:4]:
+        shade(tmp_path / name, 200)
+
+    def stop(ref, *rest):
+        if ref == names[2]:
+            raise KeyboardInterrupt
+        return read(ref, *rest)
+    monkeypatch.setattr(images, "CHUNK", 1)
+    monkeypatch.setattr(images, "read_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    monkeypatch.setattr(images, "read_image", read)
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path)
+    assert [middle(store, name) for name in names] == [200] * 4 + [10] * 2
+
+
+def test_a_store_of_before_is_looked_through_once(tmp_path, no_decoding):
+    names = make_files(tmp_path / "files", 5)
+    refs = [*names, phantom_reference(0, [])]
+    store = ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files")
+    (store.folder / "seen.npy").unlink()
+    (tmp_path / "files" / names[0]).unlink()  # an archive that is unmounted since: its row stays
+    again = ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files")
+    assert (again.pixels == store.pixels).all() and again.failed.empty
+    no_decoding()
+    assert ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files").contents == again.contents
+
+
+def test_phantoms_have_no_bytes(tmp_path):
+    assert ImageStore.build([phantom_reference(0, [])], tmp_path, 16).contents == ""
+
+
+def test_looking_is_all_that_a_finished_store_costs(tmp_path, monkeypatch):
+    names = make_files(tmp_path / "files", 12)
+    ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+
+    def refuse(*_):
+        raise AssertionError("a file was read")
+    monkeypatch.setattr(images.hashlib, "file_digest", refuse)
+    monkeypatch.setattr(images, "read_image", refuse)
+    assert len(ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")) == 12
 
 
 def test_failed_and_unknown_references_are_refused(tmp_path):

@@ -106,7 +106,7 @@ def test_views(tmp_path):
 def preset_text(source: Path, **changes) -> str:
     "[little]: smoke, on the miniature."
     _, parser = read_ini()
-    values = dict(parser["smoke"]) | {"source": "mimic", "data": str(source), "pairs": "0", "split": "folder", "arms": "ours", "fractions": "1"} | changes
+    values = dict(parser["smoke"]) | {"source": "mimic", "data": str(source), "pairs": "0", "split": "folder", "arms": "ours", "fractions": "1", "unreadable": "0.1"} | changes
     return "\n[little]\n" + "".join(f"{key} = {value}\n" for key, value in values.items())
 
 

@@ -175,3 +175,28 @@ def test_directories_that_hold_no_tokenizer(tmp_path):
         (directory / name).write_text(content)
         with pytest.raises(ValueError, match="make no tokenizer|cannot be used"):
             load_tokenizer(directory)
+
+
+CASED, UNCASED = ["Lungs", "clear", "CHF"], ["lungs", "clear", "chf"]
+
+
+@pytest.mark.parametrize(("pieces", "config", "words", "warns"), [
+    (CASED, None, ["Lungs", "clear", "CHF"], ""),  # as Bio_ClinicalBERT is published
+    (CASED, {"model_max_length": 512}, ["Lungs", "clear", "CHF"], ""),
+    (CASED, {"do_lower_case": None}, ["Lungs", "clear", "CHF"], ""),
+    (CASED, {"do_lower_case": False}, ["Lungs", "clear", "CHF"], ""),
+    (CASED, {"do_lower_case": True}, ["[UNK]", "clear", "[UNK]"], "has capitals and its files say do_lower_case = true"),
+    (UNCASED, None, ["lungs", "clear", "chf"], ""),
+    (UNCASED, {"do_lower_case": False}, ["[UNK]", "clear", "[UNK]"], "has no capitals and its files say do_lower_case = false"),
+])  # fmt: skip
+def test_a_vocabulary_with_capitals_keeps_them(tmp_path, recwarn, pieces, config, words, warns):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = load_tokenizer(tmp_path)
+    assert found.tokenize("Lungs clear CHF") == words
+    told = [str(warning.message) for warning in recwarn.list if warning.category is UserWarning]
+    assert len(told) == bool(warns) and all(warns in text for text in told)
+    found.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").tokenize("Lungs clear CHF") == words
