@@ -111,7 +111,7 @@ def build_objective(
     "The objective at its starting point."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights"))
-        encoder = ImageEncoder(settings.image_encoder, settings.embed_dim)
+        encoder = ImageEncoder(settings.image_encoder, settings.embed_dim, settings.image_size)
     load_backbone(encoder, settings.image_encoder, settings.image_weights, settings.weights)
     return SimCLRObjective(encoder, settings.simclr_head, settings.simclr_tau, seed)
 

@@ -242,7 +242,10 @@ def load_checkpoint(folder: Path, objective: nn.Module, optimizer, digest: str) 
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): remove {folder} to start this run anew") from None
     if state["digest"] != digest:
-        raise ValueError(f"{folder} belongs to a run with other settings: remove it to start anew, or undo the change")
+        raise ValueError(
+            f"{folder} belongs to a run with other settings or data ({state['digest']}, and not {digest}): "
+            "remove it to start anew, or undo the change"
+        )
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     return Progress(**state["progress"])
