@@ -31,7 +31,7 @@ from .encoders import Embedding
 from .matching import local_matrix
 from .retrieval import BLOCK, cosine_scores, map_blocks
 from .settings import Arm, Settings, digest
-from .studies import SPLITS, seed_from
+from .studies import SPLITS, read_own, seed_from
 from .training import Progress, write_atomically
 
 # %% ../nbs/17_results.ipynb #e7842b80
@@ -117,7 +117,7 @@ def read_results(
 ) -> pd.DataFrame:  # one row per finished run
     "All finished runs below a folder."
     if Path(root).suffix == ".csv":
-        return pd.read_csv(root)
+        return read_own(root)
     rows = [result_row(path) for path in sorted(Path(root).rglob("result.json"))]
     if not rows:
         raise ValueError(f"no finished run below {root}: run `make demo`, or another preset, first")
@@ -271,15 +271,15 @@ def read_beside(
     name: str,  # placements.csv or downstream.csv
 ) -> pd.DataFrame:  # the tables' columns, and arm, fraction and seed; empty if there is none
     "A table that lies in each run's folder, or for all runs beside the table of the runs."
-    as_text, root = {"patient_id": str}, Path(root)
+    root = Path(root)
     if root.suffix == ".csv":
         paths = [path for path in (root.with_name(name), root.with_name(f"{name}.gz")) if path.is_file()]
-        return pd.read_csv(paths[0], dtype=as_text) if paths else pd.DataFrame()
+        return read_own(paths[0]) if paths else pd.DataFrame()
     parts = []
     for path in sorted(root.rglob("result.json")):
         if path.with_name(name).is_file():
             run = result_row(path)
-            parts.append(pd.read_csv(path.with_name(name), dtype=as_text))
+            parts.append(read_own(path.with_name(name)))
             parts[-1] = parts[-1].assign(arm=run["arm"], fraction=run["fraction"], seed=run["seed"])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 

@@ -94,7 +94,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "path outside the root": (a_row("../odd.png"), r"error: .*row 32: the image '\.\./odd\.png' lies outside"),
     "no image": (a_row(""), "excluded: no image"),
     "a row again": (a_row("0.png", "s0", "p0", "Small effusion number 0.", "0"), "excluded: the same row again"),
-    "two reports of one image": (a_row("0.png", "s0", "p0", "Clear."), r"error: .*'s0': .*stands twice"),
+    "two reports of one image": (a_row("0.png", "s0", "p0", "Clear."), r"error: .*the image '0\.png' of the study 's0' stands twice \(row 2, row 32\)"),
     "a cell too many": (a_row(report="Clear, no effusion."), "error: .*row 32: 6 cells, and the header has 5"),
     "a cell too few": ("odd.png,odd,odd\n", "error: .*row 32: 3 cells, and the header has 5"),
     "an open quote": (a_row(report='"Clear.'), "error: .*cannot be read as a table"),
