@@ -21,7 +21,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import BatchEncoding, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from .caching import Objective
 from .losses import contrastive_loss, global_similarity
+from .packing import last_hidden_states
 from .retrieval import retrieval_metrics
 from .settings import Settings
 from .studies import seed_from
@@ -147,7 +149,7 @@ def masked_lm_loss(
     return loss / asked.sum().clamp(min=1)
 
 # %% ../nbs/12_cxrbert.ipynb #247daed8
-class TextAdaptationObjective(nn.Module):
+class TextAdaptationObjective(Objective):
     "Masked language modelling and findings-impression matching, in one forward pass."
 
     def __init__(
@@ -162,11 +164,14 @@ class TextAdaptationObjective(nn.Module):
         self.masked_lm, self.head = masked_lm, head
         self.mlm, self.rsm, self.tau = settings.cxrbert_mlm, settings.cxrbert_rsm, settings.cxrbert_tau
 
-    def forward(
-        self,
-        batch: dict,  # from `ReportSections.collate`
-    ) -> dict[str, torch.Tensor]:  # named scalars, weighted
-        hidden, terms = self.masked_lm.bert(**batch["tokens"]).last_hidden_state, {}
+    def inputs(self, batch: dict) -> dict:  # of a batch from `ReportSections`
+        return {"tokens": dict(batch["tokens"])}
+
+    def embed(self, inputs: dict) -> dict[str, torch.Tensor]:
+        return {"hidden": last_hidden_states(self.masked_lm.bert, inputs["tokens"])}
+
+    def terms(self, embedded: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:  # named scalars, weighted
+        hidden, terms = embedded["hidden"], {}
         if self.mlm:
             terms["mlm"] = self.mlm * masked_lm_loss(self.masked_lm.cls, hidden, batch["labels"])
         if self.rsm:
@@ -218,7 +223,7 @@ def masked_accuracy(
     right, loss, count = 0, 0.0, 0
     for tokens, labels in masked_batches(tokenizer, texts, settings):
         labels = labels.to(masked_lm.device)
-        hidden, asked = masked_lm.bert(**tokens.to(masked_lm.device)).last_hidden_state, labels != -100
+        hidden, asked = last_hidden_states(masked_lm.bert, tokens.to(masked_lm.device)), labels != -100
         scores, labels = masked_lm.cls(hidden[asked]).float(), labels[asked]
         right += (scores.argmax(1) == labels).sum().item()
         loss += F.cross_entropy(scores, labels, reduction="sum").item()
@@ -254,7 +259,7 @@ def embed_sections(
     vectors = []
     for start in range(0, len(different), batch_size):
         tokens = tokenize(tokenizer, different[start : start + batch_size], max_tokens).to(masked_lm.device)
-        vectors.append(masked_lm.bert(**tokens).last_hidden_state[:, 0].float().cpu())
+        vectors.append(last_hidden_states(masked_lm.bert, tokens)[:, 0].float().cpu())
     place = {text: row for row, text in enumerate(different)}
     return torch.cat(vectors)[[place[text] for text in texts]]
 

@@ -21,6 +21,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from transformers import BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerBase
 
+from .packing import last_hidden_states
 from .text import load_tokenizer
 
 # %% ../nbs/08_encoders.ipynb #2aaa78c9
@@ -106,7 +107,7 @@ class TextEncoder(nn.Module):
         self,
         tokens: BatchEncoding | dict[str, torch.Tensor],  # input_ids and attention_mask, each [B, W]
     ) -> torch.Tensor:  # [B, W, C] BERT's last hidden states, before projection
-        return self.bert(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return last_hidden_states(self.bert, tokens)
 
     def project(
         self,

@@ -8,8 +8,8 @@ __all__ = ['Count', 'Natural', 'Positive', 'Share', 'Weight', 'Floats', 'Fractio
            'TrainingSettings', 'SweepSettings', 'VLMAugmentations', 'SimCLRAugmentations', 'Stage1Settings',
            'Stage1Training', 'LocalSettings', 'DeCLIPSettings', 'prompts', 'EvaluationSettings', 'Settings', 'Arm',
            'SettingsError', 'from_root', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'load_settings',
-           'load_arm', 'replace', 'in_stage', 'keys_of', 'of_others', 'short_hash', 'stage_digest', 'digest',
-           'check_parameters']
+           'load_arm', 'replace', 'in_stage', 'keys_of', 'of_others', 'at_default', 'short_hash', 'stage_digest',
+           'digest', 'check_parameters']
 
 # %% ../nbs/00_settings.ipynb #1dc75306
 import ast
@@ -82,6 +82,8 @@ class TrainingSettings(Checked):
     precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the device has it
     workers: Count  # processes that load images; 0: none
     threads: Count  # CPU threads; 0: all. Sums round differently for another number
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
+    accumulate: Natural = 1  # parts in which a batch passes the encoders: less memory, the same negatives
 
 # %% ../nbs/00_settings.ipynb #70826abe
 class SweepSettings(Checked):
@@ -377,7 +379,7 @@ def keys_of(*groups: type[BaseModel], but: str = "") -> set[str]:
     "The names of the settings in some groups, without those that start with a prefix."
     return {key for group in groups for key in group.model_fields if not but or not key.startswith(but)}
 
-AROUND = keys_of(SweepSettings, EvaluationSettings) | {"preset", "workers", "weights", "restricted"}  # change no training
+AROUND = keys_of(SweepSettings, EvaluationSettings) | {"preset", "workers", "device", "weights", "restricted"}  # change no training
 STAGE1 = keys_of(Stage1Settings, Stage1Training, SimCLRAugmentations)
 LOCAL = keys_of(LocalSettings)
 DECLIP = keys_of(DeCLIPSettings)
@@ -392,6 +394,11 @@ def of_others(settings: Settings) -> set[str]:
     "Settings that mean something to another source only."
     return set() if settings.source == "mimic" else {"views"}
 
+def at_default(values: Checked) -> set[str]:
+    "Keys that stand at the default of their class: they came after the first results, and change nothing."
+    fields = type(values).model_fields.items()
+    return {key for key, field in fields if not field.is_required() and getattr(values, key) == field.default}
+
 def short_hash(text: str) -> str:  # 12 hexadecimal digits
     "A short digest of a text."
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -402,7 +409,9 @@ def stage_digest(
     start: str = "",  # the weights that are adapted, where the settings do not name them
 ) -> str:  # 12 hexadecimal digits
     "A digest of everything that can change what a part of stage 1 computes."
-    values = in_stage(settings, stage).model_dump(mode="json", include=USED[stage] - AROUND - of_others(settings))
+    values = in_stage(settings, stage)
+    used = USED[stage] - AROUND - of_others(settings) - at_default(values)
+    values = values.model_dump(mode="json", include=used)
     return short_hash(f"{stage} {start} {sorted(values.items())}")
 
 def digest(
@@ -412,7 +421,8 @@ def digest(
     "A digest of everything that can change what a run computes."
     parts = [stage for stage, used in (("simclr", arm.adapts_image), ("cxrbert", arm.adapts_text)) if used]
     unused = (set() if "local" in arm.matchings else LOCAL) | (set() if arm.declip else DECLIP) | of_others(settings)
-    text = settings.model_dump_json(exclude=AROUND | STAGE1 | unused) + arm.model_dump_json()
+    text = settings.model_dump_json(exclude=AROUND | STAGE1 | unused | at_default(settings))
+    text += arm.model_dump_json(exclude=at_default(arm))
     return short_hash(text + " ".join(stage_digest(settings, part) for part in parts))
 
 # %% ../nbs/00_settings.ipynb #a2795fb0

@@ -19,8 +19,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
+from .augment import Augmentation, draw
+from .caching import Objective
 from .encoders import ImageEncoder
-from .images import ImageError, ImageStore, augment, to_float
+from .images import ImageError, ImageStore, to_float
 from .initialisation import load_backbone
 from .losses import nt_xent
 from .settings import Settings
@@ -35,7 +37,7 @@ class ImageViews(Dataset):
         self,
         images: pd.DataFrame,  # with the columns study_id and image; other columns are not looked at
         store: ImageStore,  # their pixels
-        transform,  # from `augmentation`
+        transform: Augmentation,
         seed: int = 0,  # of the views
     ):
         self.names, self.refs = images.study_id.tolist(), images.image.tolist()
@@ -46,19 +48,27 @@ class ImageViews(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         step, index = key
-        image = to_float(torch.from_numpy(self.store[self.refs[index]])[None])
-        views = [augment(image, self.transform, self.seed, step, self.names[index], view) for view in (0, 1)]
-        return {"study_id": self.names[index], "views": torch.stack(views)}
+        return {"step": step, "study_id": self.names[index], "pixels": torch.from_numpy(self.store[self.refs[index]])[None]}
 
 # %% ../nbs/11_simclr.ipynb #092236aa
 @patch
 def collate(
     self: ImageViews,
-    samples: list[dict],  # B of them
-) -> dict:  # study_id (B names), views [2, B, 1, S, S]
+    samples: list[dict],  # B of them, of one step
+) -> dict:  # study_id (B names), images uint8 [B, 1, S, S], draws (of either view)
     "Make a batch."
-    names = [sample["study_id"] for sample in samples]
-    return {"study_id": names, "views": torch.stack([sample["views"] for sample in samples], dim=1)}
+    names, step = [sample["study_id"] for sample in samples], samples[0]["step"]
+    draws = [draw(self.seed, step, names, view) for view in (0, 1)]
+    return {"study_id": names, "images": torch.stack([sample["pixels"] for sample in samples]), "draws": draws}
+
+@patch
+def finish(
+    self: ImageViews,
+    batch: dict,  # from `collate`, on the device
+) -> dict:  # study_id, and views float32 [2, B, 1, S, S]
+    "Make the views."
+    images = to_float(batch["images"])
+    return {"study_id": batch["study_id"], "views": torch.stack([self.transform(images, draws) for draws in batch["draws"]])}
 
 # %% ../nbs/11_simclr.ipynb #8b1a4f2e
 class ProjectionHead(nn.Sequential):
@@ -68,7 +78,7 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, head_dim))
 
 # %% ../nbs/11_simclr.ipynb #cc47ce77
-class SimCLRObjective(nn.Module):
+class SimCLRObjective(Objective):
     "SimCLR training of an image encoder's backbone."
 
     def __init__(
@@ -84,12 +94,14 @@ class SimCLRObjective(nn.Module):
             torch.default_generator.manual_seed(seed_from(seed, "weights", "projection head"))
             self.head = ProjectionHead(image_encoder.to_pooled.in_features, head_dim)
 
-    def forward(
-        self,
-        batch: dict,  # from `ImageViews.collate`
-    ) -> dict[str, torch.Tensor]:  # named scalars
-        pooled = self.image_encoder.features(batch["views"].flatten(0, 1)).mean(1)  # both views at once: 2B images
-        return {"simclr": nt_xent(*self.head(pooled).chunk(2), self.tau)}
+    def inputs(self, batch: dict) -> dict:  # of a batch from `ImageViews`
+        return {"views": batch["views"].flatten(0, 1)}  # both views at once: 2B images
+
+    def embed(self, inputs: dict) -> dict[str, torch.Tensor]:
+        return {"pooled": self.image_encoder.features(inputs["views"]).mean(1)}
+
+    def terms(self, embedded: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:  # named scalars
+        return {"simclr": nt_xent(*self.head(embedded["pooled"]).chunk(2), self.tau)}
 
 # %% ../nbs/11_simclr.ipynb #26bdd483
 def build_objective(
@@ -128,7 +140,7 @@ def view_features(
     encoder.eval()
     device = next(encoder.parameters()).device
     parts = [range(start, min(start + batch_size, len(views))) for start in range(0, len(views), batch_size)]
-    batches = (views.collate([views[0, index] for index in part])["views"] for part in parts)
+    batches = (views.finish(views.collate([views[0, index] for index in part]))["views"] for part in parts)
     pooled = [encoder.features(x.flatten(0, 1).to(device)).mean(1).unflatten(0, (2, -1)) for x in batches]
     return torch.cat(pooled, dim=1).float().cpu()
 

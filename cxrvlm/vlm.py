@@ -10,13 +10,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .augment import Augmentation, draw
+from .caching import Objective
 from .encoders import DualEncoder, Embedding
-from .images import ImageStore, augment, to_float
+from .images import ImageStore, to_float
 from .losses import contrastive_terms
 from .settings import Settings
 from .text import tokenize
@@ -31,7 +32,7 @@ class ImageTextPairs(Dataset):
         store: ImageStore,  # their pixels
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
-        transform=None,  # from `augmentation`; None: the image as it is
+        transform: Augmentation | None = None,  # None: the image as it is
         seed: int = 0,  # of the augmentations
     ):
         self.names, self.refs, self.texts = (studies[c].tolist() for c in ("study_id", "image", "impression"))
@@ -43,24 +44,37 @@ class ImageTextPairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         step, index = key
-        image = to_float(torch.from_numpy(self.store[self.refs[index]])[None])
-        if self.transform is not None:
-            image = augment(image, self.transform, self.seed, step, self.names[index])
-        return {"study_id": self.names[index], "image": image, "text": self.texts[index]}
+        pixels = torch.from_numpy(self.store[self.refs[index]])[None]
+        return {"step": step, "study_id": self.names[index], "pixels": pixels, "text": self.texts[index]}
 
 # %% ../nbs/13_vlm.ipynb #16cb543a
 @patch
 def collate(
     self: ImageTextPairs,
-    samples: list[dict],  # B of them
-) -> dict:  # study_id (B names), images [B, 1, S, S], tokens (input_ids and attention_mask [B, W])
+    samples: list[dict],  # B of them, of one step
+) -> dict:  # study_id (B names), images uint8 [B, 1, S, S], tokens (input_ids and attention_mask [B, W]); with a transform draws
     "Make a batch."
+    names = [sample["study_id"] for sample in samples]
     tokens = tokenize(self.tokenizer, [sample["text"] for sample in samples], self.max_tokens)
-    images = torch.stack([sample["image"] for sample in samples])
-    return {"study_id": [sample["study_id"] for sample in samples], "images": images, "tokens": tokens}
+    batch = {"study_id": names, "images": torch.stack([sample["pixels"] for sample in samples]), "tokens": tokens}
+    if self.transform is not None:
+        batch["draws"] = draw(self.seed, samples[0]["step"], names)
+    return batch
+
+# %% ../nbs/13_vlm.ipynb #93a2b95e
+@patch
+def finish(
+    self: ImageTextPairs,
+    batch: dict,  # from `collate`, on the device
+) -> dict:  # with images float32 [B, 1, S, S] in 0..1
+    "Prepare the images of a batch."
+    images = to_float(batch["images"])
+    if self.transform is not None:
+        images = self.transform(images, batch["draws"])
+    return batch | {"images": images}
 
 # %% ../nbs/13_vlm.ipynb #3e379aaa
-class ContrastiveObjective(nn.Module):
+class ContrastiveObjective(Objective):
     "CLIP-style training of a dual encoder (equations 1 and 4)."
 
     def __init__(
@@ -73,12 +87,14 @@ class ContrastiveObjective(nn.Module):
         self.model, self.loss = model, loss
         self.options = {key: getattr(settings, key) for key in ("tau", "tau2", "tau3", "length_norm")}
 
-    def forward(
-        self,
-        batch: dict,  # from `ImageTextPairs.collate`
-    ) -> dict[str, torch.Tensor]:  # named scalars
-        images, texts = self.model.embed_images(batch["images"]), self.model.embed_texts(batch["tokens"])
-        return contrastive_terms(images, texts, self.loss, **self.options)
+    def inputs(self, batch: dict) -> dict:  # of a batch from `ImageTextPairs`
+        return {"images": batch["images"], "tokens": dict(batch["tokens"])}
+
+    def embed(self, inputs: dict) -> dict[str, Embedding]:
+        return {"images": self.model.embed_images(inputs["images"]), "texts": self.model.embed_texts(inputs["tokens"])}
+
+    def terms(self, embedded: dict[str, Embedding], batch: dict) -> dict[str, torch.Tensor]:  # named scalars
+        return contrastive_terms(embedded["images"], embedded["texts"], self.loss, **self.options)
 
 # %% ../nbs/13_vlm.ipynb #86a05447
 def on_cpu(

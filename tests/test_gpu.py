@@ -2,11 +2,11 @@
 import pytest
 import torch
 
+from cxrvlm.augment import augmentation
 from cxrvlm.cxrbert import ReportSections, TextAdaptationObjective, build_head, text_metrics
 from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.declip import build_objective, training_set
 from cxrvlm.encoders import Embedding
-from cxrvlm.images import augmentation
 from cxrvlm.initialisation import build_model, load_masked_lm
 from cxrvlm.matching import local_matrix
 from cxrvlm.retrieval import retrieval_metrics

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cxrvlm import images
-from cxrvlm.images import ImageError, ImageStore, augment, augmentation, read_image
-from cxrvlm.settings import load_settings, replace
+from cxrvlm.images import ImageError, ImageStore, read_image
+from cxrvlm.settings import load_settings
 from cxrvlm.studies import phantom_reference
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -376,67 +376,3 @@ def test_real_radiographs(tmp_path, folder, pattern, count):
 
 
 # Augmentations
-
-PHANTOM = images.to_float(torch.from_numpy(read_image(phantom_reference(3, ["Cardiomegaly"]), 48))[None])
-OFF = dict(translation=0, rotation=0, brightness=0, shear=0, scaling=0, flip=0, noise=0, noise_p=0, blur_sigma=(), blur_p=0)
-
-
-def changed(stage, **values):
-    return replace(DEMO, **{f"{stage}_{name}": value for name, value in (OFF | values).items()})
-
-
-@pytest.mark.parametrize("stage", ["vlm", "simclr"])
-def test_draws_depend_on_their_names_alone(stage):
-    transform = augmentation(DEMO, stage)
-    names = [(seed, step, sample) for seed in (0, 1) for step in (0, 7) for sample in ("a", "b", 2)]
-    first = {name: augment(PHANTOM, transform, *name) for name in names}
-    for name in np.random.default_rng(0).permutation(np.array(names, object)).tolist():
-        torch.rand(3)
-        assert torch.equal(augment(PHANTOM, augmentation(DEMO, stage), *name), first[tuple(name)])
-    different = {image.numpy().tobytes() for image in first.values()}
-    assert len(different) == len(names) and not torch.cuda.is_initialized()
-
-
-@FEW
-@given(st.sampled_from(["vlm", "simclr"]), st.integers(0, 2**40), st.integers(0, 10**7), st.integers(0, 1))
-def test_augmented_images_are_images(stage, seed, step, view):
-    image = augment(PHANTOM, augmentation(DEMO, stage), seed, step, "sample", view)
-    assert image.shape == PHANTOM.shape and image.dtype == torch.float32
-    assert image.isfinite().all() and 0 <= image.min() and image.max() <= 1
-
-
-@pytest.mark.parametrize("stage", ["vlm", "simclr"])
-def test_zeros_turn_everything_off(stage):
-    transform = augmentation(changed(stage), stage)
-    assert all(torch.equal(augment(PHANTOM, transform, 0, step, 0), PHANTOM) for step in range(5))
-    without_noise = augmentation(changed(stage, noise=0.05), stage)  # its probability is 0
-    assert torch.equal(augment(PHANTOM, without_noise, 0, 0, 0), PHANTOM)
-
-
-def test_lengths_scale_with_the_image():
-    def shifts(size):
-        transform = augmentation(replace(changed("simclr", translation=64), image_size=size), "simclr")
-        point = torch.zeros(1, size, size)
-        point[0, size // 2, size // 2] = 1
-        places = [augment(point, transform, 0, step, 0)[0].nonzero()[0] - size // 2 for step in range(40)]
-        return torch.stack(places).abs().max().item()
-    assert 0.8 * 32 <= shifts(256) <= 32 and 0.8 * 8 <= shifts(64) <= 8
-
-
-def test_brightness_flip_and_noise_are_those_of_the_table():
-    even = torch.full((1, 48, 48), 0.5)
-    draws = [augment(even, augmentation(changed("vlm", brightness=0.2), "vlm"), 0, step, 0) for step in range(200)]
-    levels = torch.stack([draw.mean() for draw in draws])
-    assert 0.4 <= levels.min() < 0.41 and 0.59 < levels.max() <= 0.6
-    flip = augmentation(changed("simclr", flip=0.5), "simclr")
-    flipped = [augment(PHANTOM, flip, 0, step, 0) for step in range(200)]
-    assert all(torch.equal(draw, PHANTOM) or torch.equal(draw, PHANTOM.flip(-1)) for draw in flipped)
-    assert 70 < sum(torch.equal(draw, PHANTOM) for draw in flipped) < 130
-    noise = augmentation(changed("vlm", noise=0.05, noise_p=0.5), "vlm")
-    noisy = torch.stack([augment(even, noise, 0, step, 0).std() for step in range(200)])
-    assert 70 < (noisy > 0).sum() < 130 and abs(noisy[noisy > 0].mean() - 0.05) < 0.001
-
-
-def test_unknown_stage():
-    with pytest.raises(ValueError, match="'vlm' and 'simclr'"):
-        augmentation(DEMO, "declip")

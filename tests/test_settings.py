@@ -1,9 +1,15 @@
 """settings.ini: what is refused, and that the refusal says where."""
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cxrvlm.data import load_studies
+from cxrvlm.sampler import sample_studies
 from cxrvlm.settings import (
+    Settings,
     SettingsError,
     digest,
     load_arm,
@@ -13,8 +19,11 @@ from cxrvlm.settings import (
     replace,
     stage_digest,
 )
+from cxrvlm.studies import fingerprint
 
 KEYS = sorted(load_settings("paper").model_dump().keys() - {"preset"})
+REQUIRED = [key for key in KEYS if Settings.model_fields[key].is_required()]
+KEPT = json.loads(Path(__file__).with_name("digests.json").read_text())  # as at 07c8bb8, when results/demo was made
 
 
 def write(path, change):
@@ -33,7 +42,7 @@ def test_every_preset_and_arm_loads(preset):
     assert [load_arm(arm).name for arm in settings.arms] == list(settings.arms)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_key_is_named(tmp_path, key):
     path = write(tmp_path / "settings.ini", lambda parser: parser["DEFAULT"].pop(key))
     with pytest.raises(SettingsError, match=f"{key} is missing"):
@@ -118,3 +127,24 @@ def test_what_only_mimic_knows_makes_no_other_run_stale():
     assert digest(replace(demo, views="all"), arm) == digest(demo, arm)
     assert digest(replace(paper, views="all"), arm) != digest(paper, arm)
     assert stage_digest(replace(paper, views="all"), "simclr") != stage_digest(paper, "simclr")
+
+
+@pytest.mark.parametrize("preset", KEPT["digest"])
+def test_digests_are_those_of_the_committed_results(preset):
+    settings = load_settings(preset)
+    assert {arm: digest(settings, load_arm(arm)) for arm in KEPT["digest"][preset]} == KEPT["digest"][preset]
+    assert {stage: stage_digest(settings, stage) for stage in KEPT["stage"][preset]} == KEPT["stage"][preset]
+
+
+def test_data_are_those_of_the_committed_results():
+    tables = {"smoke": sample_studies(64, seed=0), "1000": sample_studies(1000, seed=0)}
+    tables |= {f"{preset} studies": load_studies(load_settings(preset))[0] for preset in ("smoke", "demo")}
+    assert {name: fingerprint(table) for name, table in tables.items()} == KEPT["data"]
+
+
+@pytest.mark.parametrize("key", sorted(set(KEYS) - set(REQUIRED)))
+def test_a_new_key_may_be_left_out_and_changes_a_digest_only_away_from_its_default(tmp_path, key):
+    bare = write(tmp_path / "settings.ini", lambda parser: [parser[s].pop(key, None) for s in ("DEFAULT", *preset_names())])
+    arm, demo = load_arm("ours"), load_settings("demo", bare)
+    assert getattr(demo, key) == Settings.model_fields[key].default
+    assert digest(demo, arm) == KEPT["digest"]["demo"]["ours"]

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cxrvlm import training
+from cxrvlm.augment import augmentation
 from cxrvlm.data import load_studies, open_store
 from cxrvlm.downstream import linear_probe, match_labels, read_labels
-from cxrvlm.images import ImageError, ImageStore, augmentation
+from cxrvlm.images import ImageError, ImageStore
 from cxrvlm.initialisation import load_backbone
 from cxrvlm.phantom import render_reference
 from cxrvlm.settings import SettingsError, in_stage, load_settings, replace
