@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'HEADERS', 'HEADER', 'MAIN', 'NEARLY', 'FILM', 'HAS_HEADINGS', 'BREAKS', 'TAGS', 'NAME', 'FIRST', 'COLON',
-           'STOP', 'INSIDE', 'FRONT', 'AT_START', 'READ_AS', 'MISSED', 'SHOUTED', 'plain_name', 'section_of',
+           'FRONT', 'STOP', 'INSIDE', 'AT_START', 'READ_AS', 'MISSED', 'SHOUTED', 'plain_name', 'section_of',
            'read_line', 'split_sections', 'tidy', 'spelled', 'begins_here', 'as_heading', 'lay_out', 'find_sections',
            'is_blank']
 
@@ -121,6 +121,7 @@ def spelled(name: str) -> str:
 
 NAME = "|".join(spelled(name) for name in sorted(HEADERS, key=len, reverse=True))
 FIRST, COLON = "(?:finding|impression|conclusion)s?", r"[ \t]*[\])】>*_}]*[ \t]*[:：﹕]"
+FRONT = r"(?:[ \t>#*_=•·\[(【<{|-]|\(?(?:\d{1,2}|[ivx]{1,4}|[a-h])[.)])*+"
 STOP = r"(?:(?<=[.!?;:)\]|*])|(?<=[.!?;:)\]|*] )|(?<=  )|(?<=\t))(?:\(?\d{1,2}[.)][ \t]*|[(*#_\[【]+[ \t]*)?"
 INSIDE = re.compile(rf"(?i){STOP}(?:{NAME}){COLON}|[\[【](?:{NAME})[\]】]|(?<![\w(*_\[-])[(*_\[]*(?P<bare>{NAME}){COLON}")
 
@@ -128,6 +129,9 @@ def begins_here(
     found: re.Match,  # of INSIDE
 ) -> str:
     "The name on a new line, if it is a heading."
+    line = found.string[max(0, found.start() - 40) : found.start()].rpartition("\n")
+    if (line[1] or found.start() <= 40) and re.fullmatch(FRONT, line[2]):  # a mark at the start of the line belongs to it
+        return found[0]
     bare, last = found["bare"], found.string[max(0, found.start() - 40) : found.start()].split()[-1:]
     last = [word for word in last if word.strip("X_.,")]  # a mark of de-identification is no word in capitals
     shouted = bare and bare.isupper() and (not last or not last[0].isupper() or last[0] in ("REPORT", "NARRATIVE"))
@@ -136,7 +140,6 @@ def begins_here(
 
 
 # %% ../nbs/01_reports.ipynb #d13909a7
-FRONT = r"(?:[ \t>#*_=•·\[(【<{|-]|\(?(?:\d{1,2}|[ivx]{1,4}|[a-h])[.)])*+"
 AT_START = re.compile(rf"(?im)^(?P<front>{FRONT})(?P<name>{NAME})[ \t]*[\])】>*_}}]*(?:[ \t]*(?P<colon>[:：﹕]+[*_]*)|[ \t]+[-–—]+(?=\s)|[–—]|[ \t]*$|(?<=[\]】*]))")
 
 def as_heading(

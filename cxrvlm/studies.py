@@ -433,13 +433,13 @@ def name_columns(
     plain = {name: plain_column(name) for name in table.columns}
     table = table.rename(columns={name: short if short in KNOWN else str(name).strip() for name, short in plain.items()})
     refuse_nearly_named(plain, table, path)
-    twice = table.columns[table.columns.duplicated()].unique().tolist()
-    if twice:
-        raise StudiesError(f"{path} has two columns named {', '.join(map(repr, twice))}: rename one")
     if "image" not in table or not set(TEXTS) & set(table.columns):
         lacks = "the column image" if "image" not in table else "a column report, findings or impression"
         there = ", ".join(table.columns) if set(KNOWN) & set(table.columns) else f"{len(table.columns)} cells in its first row, none of them a name we know"
         raise StudiesError(f"{path} lacks {lacks}; it has {there}")
+    twice = table.columns[table.columns.duplicated()].unique().tolist()
+    if twice:
+        raise StudiesError(f"{path} has two columns named {', '.join(map(repr, twice))}: rename one")
     return table
 
 # %% ../nbs/02a_table.ipynb #4cbd8423

@@ -110,6 +110,18 @@ ROWS: dict[str, tuple[str, str]] = {
     "label x": (a_row(label="x"), r"error: .*label Cardiomegaly: 'x' in row 32"),
     "an id that has lost digits": (a_row(patient="1.2e+07"), r"error: .*patient_id: 1\.2e\+07 in row 32 has lost digits"),
     "no patient": (a_row(patient=""), "read: .*1 of 31 rows have no patient_id"),
+    "a patient who is a word for nobody": (a_row(patient="nan"), r"error: .*patient_id: 1 cells hold 'nan' \(row 32\): leave a cell empty"),
+    "a study that is a word for nothing": (a_row(study="N/A"), r"error: .*study_id: 1 cells hold 'N/A' \(row 32\)"),
+    "a report that is a word for nothing": (a_row(report="None"), "excluded: no impression"),
+    "a report that says n/a.": (a_row(report="n/a."), "excluded: no impression"),
+    "a study of two patients": (a_row(study="s0"), r"error: .*study 's0' \(row 2, row 32\) belongs to 2 patients"),
+    "an address for an image": (a_row("https://example.org/1.png"), "error: .*row 32: the image is no path"),
+    "a picture for an image": (a_row("data:image/png;base64," + "A" * 2000), "error: .*row 32: the image is no path but a picture.{0,120}$"),
+    "a blank row before a fault": ("\n" + a_row("../odd.png"), "error: .*row 33: the image"),
+    "two faults": (a_row("../odd.png") + a_row(label="2"), "error: .*2 faults: .*'2' in row 33.*row 32: the image"),
+    "headings in one line": (a_row(report="FINDINGS: Clear. IMPRESSION: Normal."), "read: .*30 without headings.*Normal"),
+    "a heading of another language": (a_row(report="BEFUND: Unauffällig."), r"read: .*1 look as if they held a heading that was not found \(row 32\)"),
+    "HTML": (a_row(report="<b>Findings</b><br>Clear.<br><b>Impression</b><br>Normal &amp; clear."), "read: .*Normal & clear"),
 }
 
 # Files: the whole table's bytes, made from the good rows
@@ -123,14 +135,22 @@ FILES: dict[str, tuple[Make, str]] = {
     "tabs": (lambda rows: (HEADER + rows).replace(",", "\t").encode(), "read"),
     "CRLF": (lambda rows: (HEADER + rows).replace("\n", "\r\n").encode(), "read"),
     "Latin-1": (lambda rows: (HEADER + rows + a_row(report="Früher.")).encode("latin-1"), "error: .*line 32: byte 0xfc is no utf-8"),
-    "UTF-16": (lambda rows: (HEADER + rows).encode("utf-16"), "error: .*line 1: byte 0xff is no utf-8"),
+    "UTF-16": (lambda rows: (HEADER + rows).encode("utf-16"), "error: .*line 1: byte 0xff is no utf-8: .*may be utf-16"),
     "a missing column": (lambda rows: (HEADER + rows).replace("report", "verdict").encode(), "error: .*lacks a column report, findings or impression"),
     "a column nearly named": (lambda rows: (HEADER + rows).replace("patient_id", "patientid").encode(), "error: .*'patientid' and no 'patient_id'"),
     "another name for a column": (lambda rows: (HEADER + rows).replace("image", "path").encode(), "error: .*'path' and no 'image'"),
     "two columns of one name": (lambda rows: (HEADER + rows).replace("study_id", "Patient ID").encode(), "error: .*two columns named 'patient_id'"),
     "ids as floats": (lambda rows: re.sub(r",p(\d+),", r",\1.0,", HEADER + rows).encode(), "read: .*ids are written as numbers.*patients 0 1 2"),
     "leading zeros": (lambda rows: re.sub(r",p(\d+),", r",00\1,", HEADER + rows).encode(), "read: .*patients 000 001 002"),
-    "a PNG": (lambda rows: b"\x89PNG\r\n\x1a\n" + bytes(50), "error: .*byte 0x89 is no utf-8"),
+    "hexadecimal ids": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{'4e074085' if m[1] == '0' else 'a1b2c3' + m[1].zfill(2)},", HEADER + rows).encode(), "read: .*patients 4e074085"),
+    "ids that end in zeros": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{123456789012345 + int(m[1])}000,", HEADER + rows).encode(), "error: .*lost digits"),
+    "JSON": (lambda rows: b'[{"image": "a.png", "report": "Small effusion."}]', "error: .*is JSON, and no table.{0,60}$"),
+    "an Excel workbook": (lambda rows: b"PK\x03\x04" + bytes(50), "error: .*is an Excel workbook or another zip"),
+    "no header": (lambda rows: rows.encode(), "error: .*lacks the column image; it has 5 cells in its first row, none of them a name we know$"),
+    "visits of a patient": (lambda rows: re.sub(r",s\d+,", ",1,", HEADER + rows).encode(), "error: .*study '1' .*belongs to 30 patients"),
+    "an image twice, no study_id": (lambda rows: re.sub(r"(?m)^([^,]+),[^,]+,", r"\1,", HEADER + rows + a_row("0.png", patient="p0", report="Clear.")).encode(), r"error: .*the image '0\.png' stands twice \(row 2, row 32\)"),
+    "Windows-1252": (lambda rows: (HEADER + rows + a_row(report="It\u2019s clear.")).encode("cp1252"), "error: .*byte 0x92 is no utf-8: .*may be cp1252"),
+    "a PNG": (lambda rows: b"\x89PNG\r\n\x1a\n" + bytes(50), "error: .*byte 0x89 is no utf-8: this is no text"),
 }
 
 
