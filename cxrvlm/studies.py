@@ -274,7 +274,9 @@ def likely_encoding(
         return "utf-16"
     if b"\0" in content[:4096]:
         zeros = [content[start:4096:2].count(0) for start in (0, 1)]
-        return "" if 4 * max(zeros) < len(content[:4096]) else "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+        if 4 * max(zeros) < len(content[:4096]) or 4 * min(zeros) > max(zeros):
+            return ""
+        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     return "cp1252" if re.search(rb"[\x80-\x9f]", content) else "latin-1"
 
 def decode_text(
@@ -294,7 +296,8 @@ def decode_text(
     if not text.strip("\0 \r\n\t\ufeff"):
         raise StudiesError(f"{path} is empty: export it again")
     if 4 * text.count("\0") > len(text):
-        raise StudiesError(f"{path}: every second byte is zero: give its encoding, which may be {likely_encoding(content)}")
+        advice = f"give its encoding, which may be {likely}" if (likely := likely_encoding(content)) else "give a CSV or parquet file"
+        raise StudiesError(f"{path} is full of zero bytes: {advice}")
     return text.replace("\0", " ").removeprefix("\ufeff")
 
 # %% ../nbs/02a_table.ipynb #59bb2715

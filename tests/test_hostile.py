@@ -116,7 +116,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "a report that says n/a.": (a_row(report="n/a."), "excluded: no impression"),
     "a study of two patients": (a_row(study="s0"), r"error: .*study 's0' \(row 2, row 32\) belongs to 2 patients"),
     "an address for an image": (a_row("https://example.org/1.png"), "error: .*row 32: the image is no path"),
-    "a picture for an image": (a_row("data:image/png;base64," + "A" * 2000), "error: .*row 32: the image is no path but a picture.{0,120}$"),
+    "a picture for an image": (a_row('"data:image/png;base64,' + "A" * 2000 + '"'), "error: .*row 32: the image is no path but a picture.{0,120}$"),
     "a blank row before a fault": ("\n" + a_row("../odd.png"), "error: .*row 33: the image"),
     "two faults": (a_row("../odd.png") + a_row(label="2"), "error: .*2 faults: .*'2' in row 33.*row 32: the image"),
     "headings in one line": (a_row(report="FINDINGS: Clear. IMPRESSION: Normal."), "read: .*30 without headings.*Normal"),
