@@ -285,6 +285,7 @@ def wrong_name(
         return "papermill takes it for a value of Python" if name in ("True", "False", "None") else ""
     return "papermill takes it for a number"
 
+# %% ../nbs/00_settings.ipynb #b050e240
 def refuse_names(
     sections: list[str],  # of the file
     path: Path,

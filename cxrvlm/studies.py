@@ -279,6 +279,7 @@ def likely_encoding(
         return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     return "cp1252" if re.search(rb"[\x80-\x9f]", content) else "latin-1"
 
+# %% ../nbs/02a_table.ipynb #2faa1735
 def decode_text(
     path: Path,
     encoding: str,  # a name that Python knows
@@ -424,6 +425,7 @@ MEANT = {
     "split": ["fold", "set", "subset", "partition"],
 }
 
+# %% ../nbs/02a_table.ipynb #c580778f
 def plain_column(name) -> str:
     "A column's name in our spelling."
     return re.sub(r"[\s-]+", "_", str(name).strip().lower())
@@ -467,12 +469,14 @@ def lost_digits(
 ) -> pd.Series:  # True where an id is not what it was
     "Ids that were numbers, and were too long for the program that wrote them."
     short, whole = ids.str.fullmatch(SHORTENED), ids.str.fullmatch(NUMBER)
-    plain = ids.str.removesuffix(".0")
-    rounded = whole & (plain.str.len() > 15) & (ids.str.endswith(".0") | plain.str[15:].str.fullmatch("0+"))
-    zeros = rounded & ids.str.endswith(".0") | rounded & (rounded.sum() > 2) & (rounded == (whole & (plain.str.len() > 15))).all()
+    plain = ids.str.replace(r"\.0+$", "", regex=True)
+    long = whole & (plain.str.len() > 15)
+    zeros = long & plain.str[15:].str.fullmatch("0+")  # what a spreadsheet makes of the digits after the fifteenth
+    rounded = long & (plain != ids) | zeros & (zeros.sum() > 2) & (zeros == long).all()
     surely = ids.str.fullmatch(r"\d\.\d+[eE]\+\d+")
-    return (short if whole.any() and (short | whole).all() else surely) | zeros
+    return (short if whole.any() and (short | whole).all() else surely) | rounded
 
+# %% ../nbs/02a_table.ipynb #1b555e88
 def clean_ids(
     ids: pd.Series,  # text, numbered by the file's rows
     path: Path,
