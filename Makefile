@@ -4,12 +4,13 @@ CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 PYTHON ?= python3
 BIN    := .venv/bin
 RUNS   := runs
+COMMITTED ?= True
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run figures openi-images test gpu-test lab outputs results clean
+.PHONY: help install demo run figures openi-images test gpu-test benchmarks gpu-pack gpu-visit gpu-unpack lab outputs results clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +24,10 @@ install: .venv/installed ## create .venv with everything the project needs
 	@touch $@
 
 demo: install ## train on Open-i's reports with phantoms, and draw the curve: 8 minutes on 2 cores
-	@$(MAKE) --no-print-directory run PRESET=demo
+	@$(MAKE) --no-print-directory run PRESET=demo COMMITTED=False
 
-run: install ## train all runs of PRESET and draw its figures: make run PRESET=openi
-	@snakemake --cores $(CORES) $(PRESET)
+run: install ## train the runs of PRESET that are not in results/, and draw all: make run PRESET=openi
+	@snakemake --cores $(CORES) $(PRESET) --config runs=$(RUNS) committed=$(COMMITTED)
 	@echo && cat $(RUNS)/$(PRESET)/figures/retrieval_curve.txt && echo && ls $(RUNS)/$(PRESET)/figures/*.png
 
 figures: install ## draw all figures, tables and claims of PRESET, from runs/ or results/
@@ -37,11 +38,25 @@ openi-images: install ## download Open-i's own images into data/openi, and check
 
 test: install ## everything that CI checks, without GPU and network
 	@ruff check .
-	@HF_HUB_OFFLINE=1 pytest -n 2 --dist loadfile
+	@HF_HUB_OFFLINE=1 pytest -n 2 --dist loadgroup
 
 gpu-test: install ## the tests that need a GPU
 	@pytest -m gpu
 	@nbdev-test --flags cuda
+
+BENCHMARKS ?= --json build/benchmarks.json
+
+benchmarks: install ## time ours beside its references, in ten minutes on 2 quiet cores; BENCHMARKS='--device cuda' on a GPU
+	@HF_HUB_OFFLINE=1 python -m benchmarks $(BENCHMARKS)
+
+gpu-pack: install ## what a bare GPU machine lacks, in packs that are small enough to send (workflow/gpu/pack.py says how)
+	@python workflow/gpu/pack.py
+
+gpu-visit: ## on that machine: tests, benchmarks and a sweep in MINUTES=9, results in OUT
+	@$(PYTHON) workflow/gpu/visit.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out "$(OUT)") $(if $(PARTS),--parts $(PARTS))
+
+gpu-unpack: install ## add the results of a visit to results/: make gpu-unpack FILES=build/gpu-visit
+	@python workflow/gpu/unpack.py $(FILES)
 
 lab: install ## read and run the notebooks in Jupyter
 	@jupyter lab nbs
@@ -49,11 +64,10 @@ lab: install ## read and run the notebooks in Jupyter
 outputs: install ## run every notebook, store its outputs, export the package and the README
 	@python tests/notebooks.py --write
 
-results: ## copy the tables and the curve of PRESET from runs/ to results/, for git
-	@mkdir -p results/$(PRESET)
-	@cp $(addprefix $(RUNS)/$(PRESET)/figures/,runs.csv retrieval_curve.svg) \
-	    $(wildcard $(addprefix $(RUNS)/$(PRESET)/figures/,examples.csv neighbours.csv placements.csv.gz downstream.csv grounding.csv)) results/$(PRESET)/
+results: install ## merge the tables of PRESET from runs/ into results/, for git, and draw its curve
+	@python -m cxrvlm.committed merge $(PRESET) --runs $(RUNS)
 
 clean: ## remove what make and snakemake left, except .venv and runs
 	@rm -rf .snakemake build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@git worktree prune 2>/dev/null || true  # of the benchmarks' reference, which was in build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

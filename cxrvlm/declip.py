@@ -45,7 +45,7 @@ def second_view(
     return warp(images, torch.from_numpy(matrices).float().to(images.device, non_blocking=True), "border")
 
 # %% ../nbs/14_declip.ipynb #937ab942
-READABLE = 8  # words per token of the encoder's limit that are reworded: EDA's time grows with the square of a report's length
+READABLE = 8  # words per token of the encoder's limit that are reworded: what lies behind them is never read
 
 class DeCLIPPairs(ImageTextPairs):
     "Image-report pairs with a second view of either."
@@ -68,7 +68,7 @@ class DeCLIPPairs(ImageTextPairs):
         sample["study"] = int(self.numbers[index])
         if self.arm.beta:
             rng = np.random.default_rng(seed_from(self.seed, "eda", step, sample["study_id"]))
-            words = sample["text"].split()[: READABLE * s.max_tokens]
+            words = self.texts[index].split()[: READABLE * s.max_tokens]
             sample["reworded"] = eda(" ".join(words), rng, s.declip_synonyms, s.declip_eda)
         return sample
 
@@ -165,7 +165,8 @@ def nearest(
     keys: torch.Tensor,  # [B, E] global vectors of length 1
 ) -> Embedding:  # of the B neighbours
     "The most similar report of another study, for each."
-    similarity = keys.to(self.keys) @ self.keys.T
+    with torch.autocast(keys.device.type, enabled=False):
+        similarity = keys.to(self.keys) @ self.keys.T
     best, places = similarity.masked_fill(ids[:, None] == self.ids, -torch.inf).max(1)
     self.neighbour[ids], self.similarity[ids] = self.ids[places], best
     return Embedding(self.keys[places], self.words[places], self.mask[places])

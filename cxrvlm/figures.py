@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 
 from .data import is_restricted
+from .results import read_runs
 from .settings import SettingsError, from_root, load_settings
 
 # %% ../nbs/17c_figures.ipynb #bdbe0d41
@@ -24,7 +25,8 @@ def find_runs(
 ) -> Path:  # a folder with runs below it, or a table of them
     "Where the runs of a preset are."
     folder, table = from_root(runs) / preset, from_root(results) / preset / "runs.csv"
-    if any(folder.glob("*/*/*/result.json")):
+    taken = folder / "committed/runs.csv"
+    if any(folder.glob("*/*/*/result.json")) or (taken.is_file() and len(read_runs(taken))):
         return folder
     if table.is_file():
         return table
@@ -58,7 +60,7 @@ def values_for(
         return "the data are restricted; --show-restricted draws examples below the folder of the runs"
     home = source if source.is_dir() else source.parent
     for name in wanted & BESIDE.keys():
-        found = [path for path in (home / BESIDE[name], home / "figures" / BESIDE[name]) if path.is_file()]
+        found = [path for path in (home / folder / BESIDE[name] for folder in ("", "figures", "committed")) if path.is_file()]
         found = found or ([home] if name == "grounding" and any(home.rglob("grounding.csv")) else [])
         if not found:
             return f"there is no {BESIDE[name]} in {home}: the notebook says which command writes it"

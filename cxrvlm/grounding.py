@@ -257,7 +257,7 @@ def read_grounding(
 ) -> pd.DataFrame:  # one row per model and finding
     "The tables of all models."
     root = Path(root)
-    paths = [root] if root.is_file() else sorted(root.rglob("grounding.csv"))
+    paths = [root] if root.is_file() else sorted(root.rglob("grounding.csv"), key=lambda path: path.parent.name == "committed")
     if not paths:
         raise ValueError(f"no grounding.csv below {root}: run nbs/experiments/ground.ipynb with a model first")
     tables = [read_own(path) for path in paths]
@@ -265,4 +265,6 @@ def read_grounding(
         missing = {"arm", "fraction", "seed", "finding", "n", *METRICS} - set(table.columns)
         if missing:
             raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}: write it again with ground.ipynb")
-    return pd.concat(tables, ignore_index=True)
+    whole = pd.concat(tables, ignore_index=True)  # what was measured here comes before what is committed, and counts
+    model = [key for key in ("preset", "arm", "fraction", "seed", "split", "tolerance", "finding") if key in whole]
+    return whole.drop_duplicates(model, ignore_index=True)

@@ -80,7 +80,7 @@ def local_rows(
     step = max(1, PLACES // (len(regions) * int(lengths.max())))
     tiles, start = [], 0
     for own in lengths.split(step):
-        mask = (torch.arange(int(own.max())) < own[:, None]).to(words.device)
+        mask = torch.arange(int(own.max())) < own[:, None]
         fits = word_fits(regions, words[start : start + int(own.sum())], tau2)
         tiles.append(report_similarity(fits, mask, tau3, length_norm).cpu())
         start += int(own.sum())

@@ -20,7 +20,7 @@ from .encoders import DualEncoder, Embedding
 from .images import ImageStore, to_float
 from .losses import contrastive_terms
 from .settings import Settings
-from .text import tokenize
+from .text import pad_rows, token_rows, tokenize
 
 # %% ../nbs/13_vlm.ipynb #1e52febb
 class ImageTextPairs(Dataset):
@@ -38,6 +38,7 @@ class ImageTextPairs(Dataset):
         self.names, self.refs, self.texts = (studies[c].tolist() for c in ("study_id", "image", "impression"))
         self.store, self.tokenizer, self.max_tokens = store, tokenizer, max_tokens
         self.transform, self.seed = transform, seed
+        self.rows = token_rows(tokenizer, self.texts, max_tokens) if self.texts else []
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,7 +46,7 @@ class ImageTextPairs(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         step, index = key
         pixels = torch.from_numpy(self.store[self.refs[index]])[None]
-        return {"step": step, "study_id": self.names[index], "pixels": pixels, "text": self.texts[index]}
+        return {"step": step, "study_id": self.names[index], "pixels": pixels, "tokens": self.rows[index]}
 
 # %% ../nbs/13_vlm.ipynb #16cb543a
 @patch
@@ -55,7 +56,7 @@ def collate(
 ) -> dict:  # study_id (B names), images uint8 [B, 1, S, S], tokens (input_ids and attention_mask [B, W]); with a transform draws
     "Make a batch."
     names = [sample["study_id"] for sample in samples]
-    tokens = tokenize(self.tokenizer, [sample["text"] for sample in samples], self.max_tokens)
+    tokens = pad_rows(self.tokenizer, [sample["tokens"] for sample in samples])
     batch = {"study_id": names, "images": torch.stack([sample["pixels"] for sample in samples]), "tokens": tokens}
     if self.transform is not None:
         batch["draws"] = draw(self.seed, samples[0]["step"], names)

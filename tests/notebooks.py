@@ -45,11 +45,16 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
+def all_notebooks(root: Path) -> list[str]:
+    "The paths of all notebooks, from `root`; not the copies that an editor left."
+    paths = [path.relative_to(root) for folder in NOTEBOOK_FOLDERS for path in sorted((root / folder).rglob("*.ipynb"))]
+    return [str(path) for path in paths if ".ipynb_checkpoints" not in path.parts]
+
+
 def execute(root: Path) -> None:
     "Run all notebooks, each in a process of its own, and store their outputs."
-    paths = [str(path.relative_to(root)) for folder in NOTEBOOK_FOLDERS for path in sorted((root / folder).rglob("*.ipynb"))]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda path: run(root, "nbdev-test", path, "--save"), paths))
+        list(pool.map(lambda path: run(root, "nbdev-test", path, "--save"), all_notebooks(root)))
 
 
 def generate(root: Path) -> None:

@@ -253,3 +253,16 @@ def test_wordnet_rewords_too(data):
     batch = pairs.collate([pairs[0, index] for index in range(8)])
     assert batch["reworded"]["attention_mask"].sum(1).min() >= 3
     assert np.mean([pairs[0, i]["reworded"] != pairs.texts[i] for i in range(8)]) > 0.5
+
+
+@pytest.mark.parametrize("loss", ["infonce", "gloria", "combined"])
+def test_bf16_trains_with_neighbours(data, loss):
+    "The queue is kept in float32, whatever the encoders compute in."
+    objective, batches = build(data, make_arm(loss))
+    with torch.autocast("cpu", torch.bfloat16):
+        while not objective.queue.full:
+            objective(next(batches))
+        terms = objective(next(batches))
+    sum(terms.values()).backward()
+    assert f"nn_{'infonce' if loss != 'gloria' else loss}" in terms and torch.isfinite(sum(terms.values()))
+    assert objective.queue.keys.dtype == objective.queue.words.dtype == torch.float32

@@ -14,12 +14,34 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reading import SENTENCE, built, contrasts, differences, frame, meaning
 
 from cxrvlm import thesaurus
-from cxrvlm.eda import SYNONYMS, WORD, differences, eda, meaning
+from cxrvlm.eda import (
+    SYNONYMS,
+    WORD,
+    cut,
+    delete_terms,
+    eda,
+    insert_terms,
+    join_terms,
+    lower_starts,
+    raise_starts,
+    replace_terms,
+)
 from cxrvlm.openi import load_openi
 from cxrvlm.studies import seed_from
-from cxrvlm.thesaurus import FAMILIES, NEGATIONS, SIDES, STAYING_FAMILIES, THESAURUS, open_wordnet, parts, read_groups
+from cxrvlm.thesaurus import (
+    FAMILIES,
+    NEGATIONS,
+    RULES,
+    SIDES,
+    STAYING_FAMILIES,
+    THESAURUS,
+    open_wordnet,
+    parts,
+    read_groups,
+)
 
 properties = settings(deadline=None, max_examples=80, derandomize=True)
 BOTH = pytest.mark.parametrize("synonyms", sorted(SYNONYMS))
@@ -138,7 +160,7 @@ def test_an_object_of_ones_own():
     class Cats:
         longest, anywhere = 1, False
 
-        def alternatives(self, term, before=""):
+        def alternatives(self, term, beside=False):
             return ["cat"] if term == "dog" else []
 
         def stays(self, term):
@@ -148,6 +170,168 @@ def test_an_object_of_ones_own():
             return False
 
     assert set(words_of(eda("The dog, a dog.", generator(0), Cats()))) == {"the", "dog", "a", "cat"}
+
+
+# Sentences that contrast
+
+KEEPS = ("present", "seen", "now", "new", "resolved")
+TRAPS = [
+    "Effusion is absent on the left and present on the right.", "Opacity not seen on prior is now seen.",
+    "Effusion is absent on lt. present on rt.", "There is no effusion there is a nodule.", "No effusion and a nodule on the right.",
+    "The left effusion has resolved, a new right effusion is seen.", "Mild edema tiny nodule no longer enlarged heart.",
+    "Larger opacity smaller nodule.", "Heart failure: resolved; edema: present.", "Opacity mimics effusion.",
+    "No cardiomegaly or effusion.", "Old rib fractures, no new rib fracture.", "Effusion was present before.", "1. Left 3rd rib fracture, right 5th.",
+    "Not more than mild edema.", "Nodule isn't new.", "Stable on the left, worsened on the right.", "Effusion absent on left.Present on right.",
+]
+
+
+@pytest.mark.parametrize("sentence", TRAPS)
+@pytest.mark.parametrize("alpha", [0.1, 0.3, 1])
+def test_traps_keep_their_frame(sentence, alpha):
+    words = [word for word in words_of(sentence) if word in KEEPS]
+    for seed in range(60):
+        result = eda(sentence, generator(seed), "radiology", alpha)
+        assert frame(result) == frame(sentence) and not differences(sentence, result), result
+        assert [word for word in words_of(result) if word in KEEPS] == words
+
+
+@pytest.mark.parametrize(("one", "other", "way"), [
+    (TRAPS[0], "Effusion is absent on the left and on the right.", "contrast"),
+    (TRAPS[1], "Opacity not appreciated on previous.", "contrast"),
+    ("No effusion and a nodule.", "No effusion nodule.", "contrast"), ("Now larger effusion.", "Larger effusion.", "time"),
+    ("Mild edema, large mass.", "Large edema, mild mass.", "degree"), ("Nodule at T8, mass at T12.", "Nodule at T12, mass at T8.", "contrast"),
+    ("It is not absent.", "It is absent.", "contrast"), ("Left nodule, right mass.", "Left mass, right nodule.", "side"),
+])
+def test_the_readers_see_what_is_lost(one, other, way):
+    assert way in differences(one, other)
+
+
+def test_no_mark_of_a_contrast_can_go_unseen():
+    words = re.compile(r"(?i)\b(present|seen|now|new|resolved|again|still|prior|stable|old|acute|chronic|increased|decreased|no longer|no|without|left|right) ")
+    torn = [(text, text[: found.start()] + text[found.end() :]) for text in built(1000) for found in words.finditer(text)]
+    assert len(torn) > 1000 and all(differences(*pair) for pair in torn)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
+def test_contrasts_of_whole_reports_and_built_ones_stay(alpha):
+    studies = load_openi()[0]
+    reports = [text for name in ("findings", "impression") for text in studies[name] if any(map(contrasts, SENTENCE.split(text)))]
+    sample = [reports[i] for i in generator(0).permutation(len(reports))[:1000]] + built(1000, seed=1)
+    changed = 0
+    for k, text in enumerate(sample):
+        result = eda(text, generator(seed_from(1, k)), "radiology", alpha)
+        assert not differences(text, result)
+        changed += result != text
+    assert changed > 0.75 * len(sample)
+
+
+# Linear in length, and to the letter what the plain form gives
+
+
+def plain_insert(pieces, n, rng, synonyms):
+    "Insertion as one would write it first: all terms are looked up again each time."
+    for _ in range(n):
+        places = [i for i in range(1, len(pieces), 2) if set(synonyms.alternatives(pieces[i], True)) - set(pieces)]
+        if not places:
+            break
+        i = places[int(rng.integers(len(places)))]
+        others = [term for term in synonyms.alternatives(pieces[i], True) if term not in pieces]
+        new = others[int(rng.integers(len(others)))]
+        i = 2 * int(rng.integers(len(pieces) // 2)) + 1 if synonyms.anywhere else i
+        if rng.integers(2) and synonyms.anywhere:
+            pieces = [*pieces[:i], new, " ", *pieces[i:]]
+        else:
+            pieces = [*pieces[: i + 1], " ", new, *pieces[i + 1 :]]
+    return pieces
+
+
+def plain_swap(pieces, n, rng, synonyms):
+    "Any two words of the text trade places."
+    pieces, places = list(pieces), list(range(1, len(pieces), 2))
+    for _ in range(n if len(places) > 1 else 0):
+        i = places[int(rng.integers(len(places)))]
+        others = [j for j in places if j != i]
+        j = others[int(rng.integers(len(others)))]
+        pieces[i], pieces[j] = pieces[j], pieces[i]
+    return pieces
+
+
+def plain_eda(text, rng, synonyms, alpha):
+    lowered, capitals = lower_starts(text)
+    words = len(cut(lowered)) // 2
+    n, pieces = max(1, int(alpha * words)), join_terms(cut(lowered), synonyms)
+    for operation, amount in ((replace_terms, n), (plain_insert, n), (plain_swap, n), (delete_terms, alpha)):
+        pieces = operation(pieces, amount, rng, synonyms)
+    result = raise_starts("".join(pieces), capitals)
+    return result.upper() if text.isupper() else result
+
+
+@properties
+@given(text=REPORTS, seed=SEEDS, alpha=ALPHAS)
+def test_wordnets_text_is_that_of_the_plain_form(text, seed, alpha):
+    assert eda(text, generator(seed), "wordnet", alpha) == plain_eda(text, generator(seed), SYNONYMS["wordnet"], alpha)
+
+
+class OneRule:
+    "Radiology's plain rules, whatever the sentence."
+    longest, anywhere = RULES[False, False].longest, False
+    alternatives = staticmethod(RULES[False, False].alternatives)
+
+
+@properties
+@given(text=REPORTS, seed=SEEDS, n=st.integers(0, 30))
+def test_insertions_beside_a_term_are_those_of_the_plain_form(text, seed, n):
+    pieces = join_terms(cut(text), OneRule())
+    assert insert_terms(pieces, n, generator(seed), OneRule()) == plain_insert(pieces, n, generator(seed), OneRule())
+
+
+class Counting:
+    "A list of synonyms that counts how often it is asked."
+
+    def __init__(self, inner, asked):
+        self.inner, self.asked, self.longest, self.anywhere = inner, asked, inner.longest, inner.anywhere
+        if hasattr(inner, "within"):
+            self.within = lambda sentence: Counting(inner.within(sentence), asked)
+
+    def __getattr__(self, name):
+        if name == "within":
+            raise AttributeError(name)
+
+        def ask(*arguments):
+            self.asked.append(name)
+            return getattr(self.inner, name)(*arguments)
+
+        return ask
+
+
+@BOTH
+def test_lookups_per_word_do_not_grow_with_the_length(synonyms):
+    words = "Mild edema of the lungs is seen. Small nodule in the left base, no large effusion or focal mass. ".split()
+    asked = {}
+    for length in (100, 1000):
+        asked[length] = []
+        eda(" ".join((words * 60)[:length]), generator(0), Counting(SYNONYMS[synonyms], asked[length]))
+    assert len(asked[1000]) / 1000 <= 1.05 * len(asked[100]) / 100 and len(asked[100]) > 100
+
+
+@BOTH
+def test_steps_per_word_do_not_grow_with_the_length(synonyms):
+    "Lines that Python runs, each turn of a loop counted: a list that is copied element by element for each swap would show."
+    words, steps = "Mild edema of the lungs is seen. Small nodule in the left base, no large effusion or focal mass. ".split(), {}
+
+    def step(frame, event, _):
+        steps[length] += event == "line"
+        return step
+
+    for length in (100, 1000):
+        text, steps[length] = " ".join((words * 60)[:length]), 0
+        eda(text, generator(0), synonyms)  # fills the caches
+        sys.settrace(step)
+        try:
+            eda(text, generator(0), synonyms)
+        finally:
+            sys.settrace(None)
+    assert steps[1000] / 1000 <= 1.2 * steps[100] / 100 and steps[100] > 1000
 
 
 # The thesaurus
@@ -184,7 +368,7 @@ def test_the_reader_finds_the_same_in_all_terms_of_a_group():
 DRAWS = """
 import json, numpy as np
 from cxrvlm.eda import eda
-text = "Stable heart. No acute effusion in the left base, likely mild atelectasis of the lung. Mass is not seen."
+text = "Stable heart size. No acute pleural effusion in the left base, likely mild pulmonary edema. Lung nodule is not seen."
 print(json.dumps([eda(text, np.random.default_rng(seed), name) for name in ("wordnet", "radiology") for seed in range(30)]))
 """
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cxrvlm.committed import merge_results
 from cxrvlm.figures import draw_all
+from cxrvlm.results import read_beside, read_results, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 RUN, SHOWN = "smoke/baseline/1/0", "smoke/ours/1/0"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)  # for what hangs, and not for a slow machine
 
 
 def start(*command: str) -> subprocess.Popen:
@@ -138,6 +140,39 @@ def test_a_preset_none_of_whose_arms_can_be_run_says_so():
 def test_a_finished_graph_has_nothing_to_do(runs):
     code, output = snakemake(runs, "--dry-run")
     assert code == 0 and "Nothing to be done" in output, output
+
+
+def test_committed_runs_are_drawn_and_only_the_others_are_trained(runs, tmp_path):
+    folder, results = tmp_path / "runs", tmp_path / "results"
+    merge_results("smoke", runs / "smoke/figures", results / "smoke")
+    table = read_runs(results / "smoke/runs.csv")
+    table.loc[(table.arm == "baseline") & (table.fraction == 1), "digest"] = "0" * 12  # other settings than today's
+    table.to_csv(results / "smoke/runs.csv", index=False)
+    shutil.copytree(runs / "smoke/data", folder / "smoke/data")
+
+    def graph(*arguments, **config):
+        given = [f"{key}={value}" for key, value in {"runs": folder, "results": results, **config}.items()]
+        process = start("snakemake", "--cores", "2", *arguments, "--config", *given)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        return output, dict(re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE))
+
+    everything = graph("smoke", "--dry-run", "--quiet", "host", committed=False)[1]
+    assert everything["run"] == "6" and everything["adapt_image"] == everything["evaluate"] == "1" and "committed" not in everything
+    output, _ = graph(f"{folder}/smoke/committed/runs.csv")
+    assert "5 runs are done, and not trained again. 1 of other settings ignored." in output
+    left = graph("smoke", "--dry-run", "--quiet", "host")[1]
+    assert left["run"] == "1" and not left.keys() & {"adapt_image", "adapt_text", "evaluate"} and left["figure_6"] == "1"
+
+    graph(f"{folder}/smoke/figures/retrieval_curve.png", f"{folder}/smoke/figures/figure_6.png")
+    assert [path.parent.relative_to(folder) for path in folder.rglob("result.json")] == [Path(RUN)]
+    same = ["preset", "arm", "fraction", "seed", "auroc", "local_auroc", "data", "digest", "precision", "isa", "steps"]
+    assert read_results(folder)[same].equals(read_results(runs)[same])
+    one, other = (read_beside(root, "placements.csv").groupby(["arm", "fraction", "matching", "patient_id"]).value.sum() for root in (folder, runs))
+    assert (one.index == other.index).all() and (one - other).abs().max() < 1e-3
+    assert (folder / "smoke/figures/neighbours.csv").read_bytes() == (runs / "smoke/figures/neighbours.csv").read_bytes()
+    said = merge_results("smoke", folder / "smoke/figures", results / "smoke")
+    assert "6 runs, 0 of them new, 0 of other" in said[0] and said[1].endswith("smoke/baseline/1/0") and len(said) == 2
 
 
 def test_only_what_is_missing_is_done_again(runs, tmp_path):

@@ -202,6 +202,8 @@ def slow(ref, *rest):
     time.sleep(0.01)
     with log.open("a") as file:
         file.write(ref + chr(10))
+    while len(sys.argv) > 4 and len(log.read_text().splitlines()) > int(sys.argv[4]):
+        time.sleep(1)  # enough: it waits to be killed
     return read(ref, *rest)
 images.read_image, images.CHUNK = slow, 8
 refs = [path.name for path in sorted(root.iterdir(), reverse=True)]
@@ -213,9 +215,8 @@ def test_killed_build_goes_on(tmp_path):
     names = make_files(tmp_path / "files", 48)
     script, log = tmp_path / "build.py", tmp_path / "log"
     script.write_text(SLOW_BUILD)
-    first = python(script, tmp_path / "files", tmp_path / "stores", log)
-    deadline = time.monotonic() + 30
-    while first.poll() is None and time.monotonic() < deadline:
+    first = python(script, tmp_path / "files", tmp_path / "stores", log, 20)
+    while first.poll() is None:
         done = list((tmp_path / "stores").glob("*/done.npy"))
         if done and np.load(done[0]).sum() >= 16:
             break
@@ -230,7 +231,7 @@ def test_killed_build_goes_on(tmp_path):
 
     log.unlink()
     second = python(script, tmp_path / "files", tmp_path / "stores", log)
-    assert second.wait(30) == 0, second.communicate()[1]
+    assert second.wait() == 0, second.communicate()[1]
     assert len(log.read_text().splitlines()) == 48 - kept  # what was noted as done is not decoded again
     whole = ImageStore.build(names, tmp_path / "whole", 16, root=tmp_path / "files")
     resumed = ImageStore.open(tmp_path / "stores")
@@ -243,7 +244,7 @@ def test_two_processes_build_one_store(tmp_path):
     script, log = tmp_path / "build.py", tmp_path / "log"
     script.write_text(SLOW_BUILD)
     both = [python(script, tmp_path / "files", tmp_path / "stores", log) for _ in range(2)]
-    folders = [process.communicate(timeout=60) for process in both]
+    folders = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], folders
     assert folders[0][0] == folders[1][0]
     assert sorted(log.read_text().split()) == names  # every image was decoded by exactly one of them
@@ -260,7 +261,7 @@ def test_script_without_main_guard_uses_workers(tmp_path):
         "print(len(store), store.failed.ref.tolist(), 'torch' in sys.modules)\n"
     )
     process = python(script, tmp_path / "files", tmp_path / "stores")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert output.split(maxsplit=1) == [str(count), "['zero.png'] False\n"], errors
     assert f"{count + 1}/{count + 1}" in errors  # the progress bar
     store = ImageStore.open(tmp_path / "stores")
@@ -275,13 +276,12 @@ def test_workers_end_with_their_parent(tmp_path):
         "ImageStore.build([f'phantom:{seed}' for seed in range(20000)], sys.argv[1], 64, workers=2)\n"
     )
     process = python(script, tmp_path / "stores")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(np.load(f).any() for f in tmp_path.glob("stores/*/done.npy")):
+    while process.poll() is None and not any(np.load(f).any() for f in tmp_path.glob("stores/*/done.npy")):
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=10)[1]
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=600)[1]
 
 
 @pytest.fixture

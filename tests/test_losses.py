@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_local import with_contexts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.local import with_contexts
 from cxrvlm.encoders import Embedding
-from cxrvlm.local import attend_backward, word_attention, word_fits
+from cxrvlm.local import attend_backward, block_shape, word_attention, word_fits
 from cxrvlm.losses import (
     contrastive_loss,
     contrastive_terms,
@@ -25,6 +27,7 @@ from cxrvlm.losses import (
     nt_xent_floor,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 properties = settings(deadline=None, max_examples=30, derandomize=True)
 SEEDS = st.integers(0, 2**31)
 SIZES = {name: st.integers(1, 4) for name in "BCWM"}
@@ -95,15 +98,116 @@ def test_blocks_kept_similarities_and_threads_change_nothing(seed, size, keep, t
     assert_close(parts, whole)
 
 
+def at_once(regions, words, tau2=0.25):
+    "Equation 2 and the fit of each word as PyTorch differentiates it, every logit at once: the reference of `word_fits`."
+    v, t = F.normalize(regions, dim=-1), F.normalize(words, dim=-1)
+    similarity = torch.einsum("bme,te->btm", v, t)
+    return ((similarity / tau2).softmax(2) * similarity).sum(2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("M, E", [(3, 8), (9, 128), (70, 16), (361, 24)])
+def test_both_orders_in_memory_are_the_plain_computation(monkeypatch, device, M, E):
+    "A GPU's order and block sizes, on the CPU: all that depends on `is_cuda` but bfloat16."
+    if device == "cuda":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    regions, words, mask = make_batch(0, B=5, C=9, W=50, M=M, E=E, dtype=torch.float64)
+    for size, keep in ((2**25, 2**25), (900, 0), (900, 10**4)):
+        ours = value_and_gradients(lambda r, w, size=size, keep=keep: word_fits(r, w[mask], 0.1, size, keep), regions, words)
+        theirs = value_and_gradients(lambda r, w: at_once(r, w[mask], 0.1), regions, words)
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
+
+
+def test_a_gpu_takes_few_logits_at_once(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("cxrvlm.local.Attend.apply", lambda *_: pytest.fail("in blocks"))
+    regions, words, mask = make_batch(0, B=5, C=9, W=50, M=70, E=16, dtype=torch.float64)
+    ours = value_and_gradients(lambda r, w: word_fits(r, w[mask], 0.1), regions, words)
+    theirs = value_and_gradients(lambda r, w: at_once(r, w[mask], 0.1), regions, words)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
+
+
+def products(function, *arguments):
+    "How many products of all words with all regions the forward and the backward pass take, in multiplications and additions."
+    regions, words = arguments[:2]
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments).sum().backward()
+    (B, M, E), T = regions.shape, words[..., 0].numel()
+    return counter.get_total_flops() / (2 * B * M * T * E)
+
+
+class Sizes(TorchDispatchMode):
+    "How many numbers the largest result of all operations has."
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.fixture
+def one_thread():
+    "What a thread of ours does no mode sees."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_three_products_where_the_slopes_are_kept_four_where_not_and_none_for_padding(one_thread):
+    regions, words, mask = make_batch(0, B=6, C=6, W=20, M=30, E=16)
+    packed = words[mask].detach().requires_grad_()
+    assert products(lambda r, w: word_fits(r, w, size=500), regions, packed) == 3
+    assert products(lambda r, w: word_fits(r, w, size=500, keep=0), regions, packed) == 4
+    assert 3 < products(lambda r, w: word_fits(r, w, size=500, keep=6 * 30 * 40), regions, packed) < 4
+    assert products(local_similarity, regions, words, mask) == pytest.approx(3 * mask.sum().item() / mask.numel())
+    assert products(with_contexts, regions, words, mask) > 6
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        local_similarity(regions, words, mask)
+    assert counter.get_total_flops() == 2 * 6 * 30 * 16 * mask.sum()
+
+
+@pytest.mark.parametrize("M", [9, 256])
+def test_no_block_is_larger_than_the_cache_of_a_core(one_thread, M):
+    regions, words = torch.randn(40, M, 128), torch.randn(1000, 128)
+    with Sizes() as sizes:
+        word_fits(regions, words)
+    assert 2**17 < sizes.largest <= 2**18
+    assert block_shape(2**18, 256, 4656) == (2, 512) and block_shape(2**18, 9, 400) == (72, 400)
+    assert block_shape(1, 10**6, 10) == (1, 1) and block_shape(2**18, 10**6, 0) == (1, 1)
+
+
+@pytest.mark.gpu
+def test_local_similarity_on_the_gpu_waits_once_and_is_that_of_the_cpu():
+    regions, words, mask = make_batch(0, B=6, C=6, W=20, M=70, E=16)
+    there = [x.detach().cuda().requires_grad_() for x in (regions, words)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        local_similarity(*there, mask)  # a mask on the CPU: no wait at all
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gradients = torch.autograd.grad(local_similarity(*there, mask.cuda()).sum(), there)
+    expected = torch.autograd.grad(local_similarity(regions, words, mask).sum(), (regions, words))
+    assert_close([x.cpu() for x in gradients], expected, 1e-5)
+
+
 def test_more_words_than_one_block_takes():
     batch = make_batch(0, B=3, C=30, W=90, M=3, E=4)
-    assert batch[2].sum() > 1024
+    assert batch[2].sum() > 512
     assert_close(value_and_gradients(local_similarity, *batch), value_and_gradients(with_contexts, *batch))
 
 
+@pytest.mark.parametrize("M", [5, 9])  # fewer and more regions than the 6 numbers of a vector: two orders in memory
 @pytest.mark.parametrize("keep", [0, 70, 10**6])
-def test_gradients_agree_with_difference_quotients(keep):
-    regions, words, mask = make_batch(0, dtype=torch.float64)
+def test_gradients_agree_with_difference_quotients(keep, M):
+    regions, words, mask = make_batch(0, M=M, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda r, w: word_fits(r, w[mask], size=20, keep=keep), (regions, words))
     assert torch.autograd.gradcheck(lambda r, w: local_similarity(r, w, mask, 0.1, 0.3, True), (regions, words))
 
@@ -202,11 +306,11 @@ def test_a_second_backward_pass_gives_the_same():
 
 
 def test_on_a_gpu_bfloat16_is_multiplied_as_such_and_summed_in_float32():
-    with FakeTensorMode():  # shapes and types only
+    with FakeTensorMode():  # shapes and types only: whoever asks for a number, and so would wait for the GPU, gets an error
         regions, queries = (torch.empty(*shape, 8, dtype=torch.bfloat16, device="cuda") for shape in ((3, 4), (30,)))
         fits = word_fits(regions, queries, size=50)
         d_regions = torch.empty_like(regions)
-        d_queries = attend_backward(regions, queries, 2, fits, fits, {}, d_regions)
+        d_queries = attend_backward(regions, queries, (2, 7), fits, fits, {}, d_regions)
     assert (fits.dtype, fits.shape) == (torch.float32, (3, 30))
     assert (d_queries.dtype, d_queries.shape) == (torch.float32, (30, 8))
 
@@ -235,10 +339,9 @@ def test_attention_is_what_the_similarity_uses():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_a_fraction_of_that_of_all_contexts():
-    script = [sys.executable, Path(__file__).with_name("bench_local.py"), "1", *"--B 24 --W 64 --M 100 --E 512 --json".split()]
-    table = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
-    assert table["local_similarity, full length"]["MiB ratio"] < 0.6
-    assert table["local_similarity, 5..W words"]["MiB ratio"] < 0.6
+    code = "import json; from benchmarks.local import memory_ratio; print(json.dumps(memory_ratio(B=24, W=64, M=100, E=512)))"
+    ratio = json.loads(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert ratio["full"] < 0.4 and ratio["ragged"] < 0.4
 
 
 # Losses

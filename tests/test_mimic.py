@@ -20,7 +20,7 @@ from cxrvlm.studies import flow, patients_on_two_sides
 from notebooks import copy_tree
 
 BIN = Path(sys.executable).parent
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

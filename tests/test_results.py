@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 import cxrvlm.data
 import cxrvlm.images
 import cxrvlm.settings
-from cxrvlm.results import by_matching, over_seeds, paired_gains
+from cxrvlm.committed import SAME, merge_results
+from cxrvlm.grounding import METRICS, read_grounding
+from cxrvlm.results import (
+    by_matching,
+    over_seeds,
+    paired_gains,
+    read_results,
+    read_runs,
+    read_table,
+    result_row,
+    run_folder,
+    write_result,
+)
+from cxrvlm.training import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEPT = pd.read_csv(ROOT / "results/demo/runs.csv")
@@ -76,6 +89,57 @@ def test_gains_are_those_of_a_loop(given_runs, data):
 def test_arms_without_a_run_in_common_have_no_gain():
     runs = pd.concat([made_up(a={"auroc": 0.6}), made_up(b={"auroc": 0.7}).assign(seed=1)], ignore_index=True)
     assert paired_gains(runs, "a").empty and paired_gains(runs[runs.arm == "a"], "a").empty
+
+
+def test_a_table_of_ours_is_read_as_it_was_written(tmp_path):
+    text = "preset,arm,fraction,seed,auroc,data,digest,commit,device,isa\nsmoke,none,0.1,0,0.30000000000000004,0001,123456e78901,12e4,NA,\n"
+    (tmp_path / "runs.csv").write_text(text)
+    table = read_table(tmp_path / "runs.csv")
+    assert table[["arm", "data", "digest", "commit", "device"]].values.tolist() == [["none", "0001", "123456e78901", "12e4", "NA"]]
+    assert table.to_csv(index=False) == text and read_runs(tmp_path / "runs.csv").precision.isna().all()
+
+
+def recorded(runs: Path, auroc: float) -> dict:
+    "A run of smoke that never was: its row."
+    smoke, arm = cxrvlm.settings.load_settings("smoke"), cxrvlm.settings.load_arm("baseline")
+    folder, counts = run_folder(runs, "smoke", "baseline", 1, 0), {"train": 53, "validation": 6, "test": 5}
+    return result_row(write_result(folder, smoke, arm, 1, 0, {"auroc": auroc}, counts, "f" * 16, Progress(step=12, best=1.2)))
+
+
+def committed(folder: Path, row: dict, **changes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame([row | changes]).to_csv(folder / "runs.csv", index=False)
+
+
+@pytest.mark.parametrize(("changes", "auroc"), [({}, 0.7), ({"digest": "0" * 12}, 0.6), ({"data": "0" * 16}, 0.6), ({"seed": 1}, None)])
+def test_a_record_that_is_stale_gives_way_to_a_committed_row(tmp_path, changes, auroc):
+    committed(tmp_path / "smoke/committed", recorded(tmp_path, 0.7), **{"auroc": 0.6, **changes})
+    assert read_results(tmp_path).auroc.tolist() == ([auroc] if auroc else [0.7, 0.6])
+
+
+def test_a_record_older_than_the_precision_has_a_blank(tmp_path):
+    row = recorded(tmp_path, 0.7)
+    path = run_folder(tmp_path, "smoke", "baseline", 1, 0) / "result.json"
+    record = json.loads(path.read_text())
+    assert {"precision", "isa", "device", "threads"} <= record["provenance"].keys() and row["isa"] == record["provenance"]["isa"]
+    record["provenance"] = {key: record["provenance"][key] for key in ("commit", "device", "threads")}
+    path.write_text(json.dumps(record))
+    assert read_results(tmp_path)[["precision", "isa"]].isna().all(axis=None)
+
+
+def test_what_lies_beside_a_replaced_run_goes_with_it_and_is_named(tmp_path):
+    row = recorded(tmp_path / "runs", 0.7)
+    fresh, kept = tmp_path / "fresh", tmp_path / "kept"
+    committed(fresh, row)
+    committed(kept, row, seconds=99, auroc=0.6)
+    look = {"preset": "smoke", "fraction": 1.0, "seed": 0, "split": "test", "finding": "all", "n": 5, **dict.fromkeys(METRICS, 0.5)}
+    pd.DataFrame([look | {"arm": arm} for arm in ("baseline", "ours")]).to_csv(kept / "grounding.csv", index=False)
+    pd.DataFrame([{key: row[key] for key in SAME} | {"study_id": "1", "neighbour": "2"}]).to_csv(kept / "neighbours.csv", index=False)
+    said = merge_results("smoke", fresh, kept)
+    assert said[1] == "replaced by the one trained again: smoke/baseline/1/0" and len(said) == 4
+    assert all(f"{name}: 1 runs that were replaced had rows here" in line for name, line in zip(("grounding.csv", "neighbours.csv"), said[2:], strict=True))
+    assert read_runs(kept / "runs.csv").auroc.tolist() == [0.7]
+    assert read_grounding(kept).arm.tolist() == ["ours"] and not (kept / "neighbours.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["figure_3", "figure_4", "ablation"])

@@ -104,7 +104,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     ],
     ids=lambda sabotage: "-".join([sabotage[0].__name__, *map(str, sabotage[1:])]),
 )
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, sabotage):
     folder, data = whole
     assert in_a_process(tmp_path, data, sabotage) == -signal.SIGKILL
