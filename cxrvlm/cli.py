@@ -13,9 +13,15 @@ from pathlib import Path
 # %% ../nbs/19_cli.ipynb #60a8dd24
 def check(options: argparse.Namespace) -> int:
     "Look for what would corrupt a result."
-    from cxrvlm.check import as_json, as_text, check_table
-    from cxrvlm.settings import load_settings
-    report = check_table(options.table, load_settings(options.preset), options.root, options.encoding)
+    from cxrvlm.check import as_json, as_text, check_preset, check_table
+    from cxrvlm.settings import from_root, load_settings
+    if not options.table and not options.preset:
+        raise ValueError("give a table, or --preset and the name of one that has data of its own")
+    settings = load_settings(options.preset or "demo")
+    own = settings.source == "table" and options.table and from_root(settings.data).resolve() == options.table.resolve()
+    root = options.root or (from_root(settings.root) if own and settings.root else None)
+    encoding = options.encoding or (settings.encoding if own else "utf-8-sig")
+    report = check_table(options.table, settings, root, encoding) if options.table else check_preset(settings)
     print(as_json(report) if options.json else as_text(report))
     return 0 if report.ok else 1
 
@@ -41,10 +47,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cxrvlm", description="Image-report models on a few thousand pairs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("check", help="look for what would corrupt a result, before anything is trained on a table")
-    one.add_argument("table", type=Path, help="CSV or parquet with the columns image and report (or findings, impression)")
+    one.add_argument("table", type=Path, nargs="?", help="CSV or parquet with the columns image and report (or findings, impression); default: the preset's own data")
     one.add_argument("--root", type=Path, help="folder that the images' paths start from (default: the table's)")
-    one.add_argument("--encoding", default="utf-8-sig", help="of a CSV (default: UTF-8)")
-    one.add_argument("--preset", default="demo", help="whose image size, batch size and tokenizer to hold the table against")
+    one.add_argument("--encoding", help="of a CSV (default: UTF-8)")
+    one.add_argument("--preset", help="what would be run on the table: its sizes, arms and tokenizer (default: demo)")
     one.add_argument("--json", action="store_true", help="print JSON, for programs")
     one.set_defaults(run=check)
     two = commands.add_parser("search", help="look for the images that fit a text, with a trained model")

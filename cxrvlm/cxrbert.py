@@ -76,7 +76,7 @@ class ReportSections(Dataset):
                 "match: set cxrbert_rsm = 0 in settings.ini to adapt by masked words alone"
             )
         used = studies[has_both_sections(studies)] if settings.cxrbert_rsm else studies
-        reports = used.drop_duplicates("study_id")  # a study with several images has several rows
+        reports = used.drop_duplicates(["study_id", "findings", "impression"])  # a study with several images has several rows
         self.rows = reports[["study_id", "findings", "impression"]].to_dict("records")
         self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
 
@@ -217,7 +217,7 @@ def masked_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     settings: Settings,  # cxrbert_mask and cxrbert_max_tokens
-) -> dict[str, float]:  # mlm_accuracy, and mlm_loss in nats
+) -> dict[str, float]:  # mlm_accuracy, and mlm_loss in nats; nothing where no token happens to be masked
     "How well a model fills in masked tokens."
     masked_lm.eval()
     right, loss, count = 0, 0.0, 0
@@ -228,7 +228,7 @@ def masked_accuracy(
         right += (scores.argmax(1) == labels).sum().item()
         loss += F.cross_entropy(scores, labels, reduction="sum").item()
         count += len(labels)
-    return {"mlm_accuracy": right / count, "mlm_loss": loss / count}
+    return {"mlm_accuracy": right / count, "mlm_loss": loss / count} if count else {}
 
 # %% ../nbs/12_cxrbert.ipynb #10ab40a3
 def masked_chance(
@@ -239,6 +239,8 @@ def masked_chance(
 ) -> dict[str, float]:  # as `masked_accuracy`
     "The same for someone who only knows how frequent each token is."
     labels = torch.cat([label[label != -100] for _, label in masked_batches(tokenizer, texts, settings)])
+    if not len(labels):
+        return {}
     right = (labels == frequencies.argmax()).double().mean()
     return {"mlm_accuracy": right.item(), "mlm_loss": -frequencies[labels].log().mean().item()}
 

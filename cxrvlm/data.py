@@ -34,7 +34,7 @@ def read_source(
     if settings.source == "mimic":
         return load_mimic(data, settings.split, settings.views)
     if settings.source == "table":
-        return load_table(data)
+        return load_table(data, from_root(settings.root) if settings.root else None, settings.encoding)
     if settings.source == "openi":
         return load_openi(data if settings.data else None)
     return sample_studies(settings.pairs, seed=0), pd.DataFrame(columns=["study_id", "reason"])
@@ -58,6 +58,9 @@ def load_studies(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # studies with the column `split`, exclusions
     "The pairs that the settings name, and who was left out."
     studies, exclusions = read_source(settings)
+    if studies.empty:
+        why = ", ".join(f"{reason}: {count}" for reason, count in exclusions.reason.value_counts().items())
+        raise StudiesError(f"{settings.data}: no pair is left ({why})")
     if settings.split == "patient":
         studies = split_by_patient(studies.drop(columns="split", errors="ignore"), settings.split_seed)
     elif "split" not in studies:

@@ -10,6 +10,7 @@ __all__ = ['MEASURES', 'LEFT_OUT', 'positive', 'weighted_scores', 'patient_weigh
            'read_patients', 'read_labels', 'match_labels']
 
 # %% ../nbs/16_downstream.ipynb #8dd718b4
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from .images import ImageStore, to_float
 from .retrieval import named_rows, unit_grid
 from .settings import Settings
-from .studies import label_columns, seed_from
+from .studies import BLANKS, brief, clean_ids, label_columns, read_any, read_label, row_names, seed_from
 from .text import token_lengths, token_limit, tokenize
 
 # %% ../nbs/16_downstream.ipynb #b72a0a41
@@ -39,7 +40,7 @@ def positive(
     for name, column in labels.items():
         odd = column[column.notna() & ~column.isin([1, 0, -1])]
         if len(odd):
-            raise ValueError(f"label {name}: the value in row {odd.index[0]} is {odd.iloc[0]}; use 1, 0, -1 or blank")
+            raise ValueError(f"label {name}: the value in row {odd.index[0]} is {brief(odd.iloc[0])}; use 1, 0, -1 or blank")
     return labels.eq(1).to_numpy(dtype=bool, na_value=False)
 
 # %% ../nbs/16_downstream.ipynb #70670e77
@@ -326,13 +327,13 @@ def linear_probe(
     return score_table(out_of_fold(x, truth, who, folds, seed, C, steps), who, resamples, seed)
 
 # %% ../nbs/16_downstream.ipynb #60148f34
-LEFT_OUT = ("No Finding", "Pleural Other")
+LEFT_OUT = ("no finding", "no findings", "nofinding", "normal", "pleural other")  # in any spelling
 
 def conditions(
     studies: pd.DataFrame,
 ) -> list[str]:
     "The label columns that zero-shot and the probe are asked for."
-    return [label for label in label_columns(studies) if label not in LEFT_OUT]
+    return [label for label in label_columns(studies) if re.sub(r"[\W_]+", " ", label).strip().lower() not in LEFT_OUT]
 
 @torch.no_grad()
 def embed_for_tasks(
@@ -382,43 +383,45 @@ def downstream_metrics(
 
 # %% ../nbs/16_downstream.ipynb #d866599b
 def read_patients(
-    path: str | Path,  # a CSV with the columns image, and patient or patient_id
-) -> pd.DataFrame:  # the file's columns; image and patient_id are text
+    path: str | Path,  # CSV or parquet with the columns image, and patient or patient_id
+    faults: list[str],  # what is wrong with single rows is added to it
+) -> pd.DataFrame:  # the file's columns as text
     "The rows of a labels file, each with an image and a patient."
-    try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(["image", "patient", "patient_id", "labels"], str))
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as CSV ({error}); export it again, as UTF-8") from None
+    table = read_any(Path(path), "utf-8-sig", faults)
     table = table if "patient_id" in table else table.rename(columns={"patient": "patient_id"})
-    missing = {"image": "image", "patient_id": "patient (or patient_id)"}.items()
-    missing = [words for name, words in missing if name not in table]
+    missing = [words for name, words in (("image", "image"), ("patient_id", "patient (or patient_id)")) if name not in table]
     if missing:
-        lacking, there = " and the column ".join(missing), ", ".join(table.columns)
+        lacking, known = " and the column ".join(missing), {"image", "patient_id", "labels"} & set(table.columns)
+        there = ", ".join(table.columns) if known else f"{len(table.columns)} cells in its first row, none of them a name we know"
         raise ValueError(f"{path} lacks the column {lacking}; it has {there}")
+    table = table.assign(image=table.image.str.strip(), patient_id=clean_ids(table.patient_id, Path(path), faults))
     for name in ("image", "patient_id"):
-        blank = torch.tensor(table[name].isna().to_numpy())
-        if blank.any():
-            raise ValueError(f"{path}: {name} is blank in {named_rows(blank)}, counted from 0")
+        blank = table.index[table[name] == ""]
+        if len(blank) and not faults:
+            faults.append(f"{name} is blank in {row_names(blank)}")
     twice = table.image[table.image.duplicated()]
     if len(twice):
-        raise ValueError(f"{path} has {len(twice)} rows with an image that an earlier row has, e.g. {twice.iloc[0]}")
+        faults.append(f"{len(twice)} rows have an image that an earlier row has, e.g. {twice.iloc[0]} in {row_names(twice.index[:1])}")
     return table
 
 # %% ../nbs/16_downstream.ipynb #d17ddfa6
 def read_labels(
-    path: str | Path,  # a CSV: image, patient or patient_id, and `labels` or one column per label
+    path: str | Path,  # CSV or parquet: image, patient or patient_id, and `labels` or one column per label
 ) -> pd.DataFrame:  # image, patient_id, and one column per label with 1, 0, -1 or blank
     "Labels and patients of images."
-    table = read_patients(path)
+    faults = []
+    table = read_patients(path, faults)
     if "labels" in table:
-        found = table.labels.fillna("").str.replace(r"\s*\|\s*", "|", regex=True).str.strip().str.get_dummies("|")
-        found = found.drop(columns="", errors="ignore")
+        found = table.labels.str.replace(r"\s*\|\s*", "|", regex=True).str.strip().str.get_dummies("|")
+        found = found[[name for name in found if name.lower() not in BLANKS]]
     else:
-        found = table.drop(columns=["image", "patient_id"])
-        found = found.loc[:, [column.isin([1, 0, -1]).sum() == column.notna().sum() for _, column in found.items()]]
+        columns = {name: read_label(table[name], faults) for name in table if name not in ("image", "patient_id")}
+        found = pd.DataFrame({name: values for name, values in columns.items() if values is not None}, index=table.index)
+    if faults:
+        raise ValueError(f"{path}: " + "; ".join(faults))
     if found.empty:
         raise ValueError(f"{path} has no labels: add a column `labels` (A|B), or columns of 1, 0, -1 and blanks")
-    return pd.concat([table[["image", "patient_id"]], found], axis=1)
+    return pd.concat([table[["image", "patient_id"]], found], axis=1).reset_index(drop=True)
 
 # %% ../nbs/16_downstream.ipynb #d2df20dd
 def match_labels(

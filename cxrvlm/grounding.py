@@ -22,7 +22,7 @@ from .attention import share_inside, to_pixels, word_maps
 from .encoders import DualEncoder
 from .images import to_float
 from .phantom import findings_from_mesh, render
-from .studies import is_phantom, parse_phantom_reference
+from .studies import is_phantom, parse_phantom_reference, read_own
 
 # %% ../nbs/16b_grounding.ipynb #5c33d770
 WORDS = {
@@ -260,7 +260,7 @@ def read_grounding(
     paths = [root] if root.is_file() else sorted(root.rglob("grounding.csv"), key=lambda path: path.parent.name == "committed")
     if not paths:
         raise ValueError(f"no grounding.csv below {root}: run nbs/experiments/ground.ipynb with a model first")
-    tables = [pd.read_csv(path) for path in paths]
+    tables = [read_own(path) for path in paths]
     for path, table in zip(paths, tables, strict=True):
         missing = {"arm", "fraction", "seed", "finding", "n", *METRICS} - set(table.columns)
         if missing:

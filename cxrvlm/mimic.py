@@ -199,12 +199,16 @@ def load_mimic(
     pairs = pairs.merge(texts, on="study_id", how="left", validate="many_to_one")
     pairs, lost = exclude(pairs, ~pairs.found, "no report")
     pairs, silent = exclude(pairs, pairs.impression.map(is_blank), "no impression")
+    exclusions = pd.concat([lateral, unsplit, lost, silent], ignore_index=True)
+    if pairs.empty:
+        why = ", ".join(f"{reason}: {count}" for reason, count in exclusions.reason.value_counts().items())
+        raise StudiesError(f"{root}: no study is left ({why}). Are ViewPosition in metadata.csv and the reports as PhysioNet ships them?")
     pairs = pairs.reset_index(drop=True)
     folder = root.absolute() / "files"
     paths = [f"{folder}/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg" for dicom, subject, study in pairs[IDS].itertuples(index=False)]
     studies = pairs[["study_id", "findings", "impression"]].assign(patient_id=pairs.subject_id, image=paths)
     studies = studies[["study_id", "patient_id", "image", "findings", "impression"]].join(read_chexpert(root, pairs.study_id))
-    return check_studies(studies.assign(split=pairs.split)), pd.concat([lateral, unsplit, lost, silent], ignore_index=True)
+    return check_studies(studies.assign(split=pairs.split)), exclusions
 
 # %% ../nbs/05_mimic.ipynb #55919126
 PAPER_TEXT = {"train": 144_781, "validation": 18_679, "test": 17_652}  # section 3

@@ -30,7 +30,7 @@ from .images import ImageError, read_image, to_float
 from .local import local_similarity
 from .losses import global_similarity
 from .settings import Arm, Settings
-from .studies import read_any
+from .studies import not_paths, read_any, row_names
 from .text import token_lengths, token_limit, tokenize
 from .training import write_atomically
 
@@ -127,8 +127,10 @@ def table_refs(
     "The column `image` of a table, each entry once."
     table = read_any(path, "utf-8-sig")
     if "image" not in table:
-        raise ValueError(f"{path} has no column image; it has {', '.join(map(str, table.columns))}")
+        raise ValueError(f"{path} has no column image; it has {len(table.columns)} others")
     images = table.image.str.strip()
+    if (odd := not_paths(images)).any():
+        raise ValueError(f"{path}, {row_names(images.index[odd])}: the image is no path but a picture, a record or an address")
     return images[images != ""].drop_duplicates().tolist()
 
 # %% ../nbs/18_search.ipynb #f090fc10

@@ -10,12 +10,28 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageEnhance
 
-from cxrvlm.check import NEAR, SAME, as_json, as_text, check_table, hash_square, inspect_image, near_pairs, tie_ceiling
+from cxrvlm.check import (
+    NEAR,
+    SAME,
+    SPREAD,
+    as_json,
+    as_text,
+    check_preset,
+    check_table,
+    hash_square,
+    inspect_image,
+    near_pairs,
+    smallest_gain,
+    tie_ceiling,
+)
+from cxrvlm.data import load_studies
+from cxrvlm.downstream import conditions
 from cxrvlm.images import to_square
 from cxrvlm.phantom import render_reference
+from cxrvlm.results import read_beside
 from cxrvlm.retrieval import retrieval_auroc
 from cxrvlm.sampler import sample_studies
-from cxrvlm.settings import load_settings
+from cxrvlm.settings import from_root, load_settings, replace
 
 NIH = Path(__file__).resolve().parents[2] / "shared/data/nih"
 SMOKE = load_settings("smoke")
@@ -33,7 +49,7 @@ def home(tmp_path_factory) -> Path:
 def table(**changes) -> pd.DataFrame:
     "Ninety pairs that are as they should be, and what differs."
     rows = pd.DataFrame({"image": [f"{n:02}.png" for n in range(90)], "patient_id": [f"p{n:02}" for n in range(90)]})
-    rows["report"] = [f"Small effusion number {n}." for n in range(90)]
+    rows["report"] = [f"FINDINGS: Effusion, number {n}.\nIMPRESSION: Small effusion number {n}." for n in range(90)]
     rows["split"] = np.repeat(["train", "validation", "test"], 30)
     for column, cells in changes.items():
         for row, value in cells.items():
@@ -135,3 +151,81 @@ def test_the_limits_on_real_radiographs():
         copies = [hash_square(to_square(change(picture), 256)) for picture in pictures[:50]]
         bits = [(int.from_bytes(a) ^ int.from_bytes(b)).bit_count() for a, b in zip(hashes, copies, strict=False)]
         assert max(bits) <= NEAR and np.median(bits) <= SAME
+
+
+# What check passes, a run can use
+
+
+def mine(home: Path, **changes):
+    "A preset whose data are a table with a split of its own."
+    return replace(SMOKE, source="table", pairs=0, data=str(home / "mine.csv"), split="column", **changes)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"batch_size": 31}, "pairs for validation: 30. A batch has 31: lower batch_size"),
+    ({"simclr_batch_size": 64}, "images for validation: 30. A batch has 64: lower simclr_batch_size"),
+    ({"cxrbert_batch_size": 64}, "reports with findings and impression for validation: 30. A batch has 64: lower cxrbert_batch_size"),
+    ({"vocab_size": 100}, None),
+    ({"split": "patient", "batch_size": 20}, "pairs for validation: 9. A batch has 20: lower batch_size"),
+])  # fmt: skip
+def test_a_batch_that_a_split_does_not_fill_is_an_error(home, changes, words):
+    "And the advice helps: with the setting lowered, the error is gone."
+    table().to_csv(home / "mine.csv", index=False)
+    found = [remark.text for remark in check_preset(replace(mine(home), **changes)).remarks if remark.level == "error"]
+    assert [text for text in found if words in text] if words else found == []
+    if words:
+        key, size = next((key, value) for key, value in changes.items() if "batch_size" in key), int(words.split(": ")[1].split(".")[0])
+        again = check_preset(replace(mine(home), **changes | {key[0]: size}))
+        assert not any(words.split(":")[0] in remark.text and remark.level == "error" for remark in again.remarks), as_text(again)
+
+
+def test_a_table_without_findings_cannot_match_them(home):
+    table(report={n: f"Small effusion number {n}." for n in range(90)}).to_csv(home / "mine.csv", index=False)
+    assert any("set cxrbert_rsm = 0" in remark.text for remark in check_preset(mine(home)).remarks if remark.level == "error")
+    assert check_preset(mine(home, cxrbert_rsm=0)).ok
+
+
+def test_a_preset_can_be_told_what_check_can(home, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(table(report={3: "FINDINGS: Größer.\nIMPRESSION: Früher."}).to_csv(index=False).encode("latin-1"))
+    settings = replace(mine(home), data=str(path), root=str(home), encoding="latin-1")
+    assert check_preset(settings).ok and check_table(path, settings, home, "latin-1").ok
+    studies, _ = load_studies(settings)
+    assert studies.impression[3] == "Früher." and Path(studies.image[3]).parent == home
+
+
+def test_everything_is_said_in_one_go(home):
+    (home / "cut.png").write_bytes((home / "05.png").read_bytes()[:100])
+    rows = table(image={3: "../x.png", 4: "gone.png", 5: "cut.png"}, patient_id={80: "p07"}, split={9: "holdout"}, Edema={n: n % 2 for n in range(89)} | {89: 7})
+    text = as_text(check(home, rows))
+    for words in ("row 5: the image '../x.png'", "there is no such file", "cut.png", "more than one split: 1 (p07)", "split 'holdout' in row 11", "row 91; use 1, 0, -1"):
+        assert words in text, text
+
+
+def test_lengths_name_the_setting_that_fits_and_unknown_words_are_counted(home):
+    rows = table(report={n: "FINDINGS: x\nIMPRESSION: " + "effusion " * 60 for n in range(10)} | {80: "FINDINGS: x\nIMPRESSION: 所見 ☃ effusion"})
+    report = check(home, rows)
+    advised = int(as_text(report).split("max_tokens = ")[1].split()[0])
+    assert report.counts["unknown tokens"] > 0 and "are [UNK], in 1 of 90 reports" in as_text(report)
+    assert check_table(home / "mine.csv", replace(SMOKE, max_tokens=advised)).counts["cut reports"] == 0
+    assert check_table(home / "mine.csv", replace(SMOKE, max_tokens=advised - 1)).counts["cut reports"] > 0
+
+
+def test_no_finding_is_no_finding(home):
+    names = ["No finding", "no_finding", "NO FINDING", "No Finding", "normal", "Pleural_Other", "Mass"]
+    assert conditions(pd.DataFrame(columns=names)) == ["Mass"]
+    report = check(home, table(**{"No finding": {n: n % 2 for n in range(90)}}))
+    assert "neither asked for nor probed: No finding" in as_text(report)
+
+
+def test_one_name_for_many_patients(home):
+    assert "'unknown' has 30 of 90 pairs" in as_text(check(home, table(patient_id={n: "unknown" for n in range(30)})))
+
+
+def test_the_spread_of_gains_is_the_demos():
+    "SPREAD is what arms gained over the baseline in results/demo: the middle of their standard deviations over patients."
+    table = read_beside(from_root("results/demo/runs.csv"), "placements.csv")
+    wide = table[table.matching == "global"].pivot_table(index="patient_id", columns=["arm", "fraction", "seed"], values="value")
+    gains = [wide[key] - wide[("baseline", *key[1:])] for key in wide if key[0] != "baseline" and ("baseline", *key[1:]) in wide]
+    assert len(gains) > 20 and abs(np.median([gain.std() for gain in gains]) - SPREAD) < 0.05
+    assert smallest_gain(400) == pytest.approx(1.96 * SPREAD / 20)

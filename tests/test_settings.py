@@ -148,3 +148,23 @@ def test_a_new_key_may_be_left_out_and_changes_a_digest_only_away_from_its_defau
     arm, demo = load_arm("ours"), load_settings("demo", bare)
     assert getattr(demo, key) == Settings.model_fields[key].default
     assert digest(demo, arm) == KEPT["digest"]["demo"]["ours"]
+
+
+@pytest.mark.parametrize("section", ["2024", "1e5", "nan", "None", "True", "my data", "data", "evaluate", "a:q", "{x}", "../x", "-p", "arm a b", "arm data", "arm stage1", "arm 1", "arm {x}"])
+def test_a_name_that_the_workflow_takes_for_something_else_is_refused(tmp_path, section):
+    path = write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))
+    with pytest.raises(SettingsError) as caught:
+        load_settings("demo", path)
+    assert f"[{section}]: " in str(caught.value) and "Choose another name" in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["null", "mine", "ct-2024", "v1.5b", "arm evaluate", "arm x_1"])
+def test_other_names_are_fine(tmp_path, section):
+    assert load_settings("demo", write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))).preset == "demo"
+
+
+def test_root_and_encoding_count_where_they_are_used():
+    demo, arm = load_settings("demo"), load_arm("baseline")
+    table = replace(demo, source="table", data="x.csv")
+    assert digest(replace(demo, root="a", encoding="latin-1"), arm) == digest(demo, arm)
+    assert digest(replace(table, root="a"), arm) != digest(table, arm) == digest(replace(table, root="", encoding="utf-8-sig"), arm)

@@ -226,11 +226,11 @@ def test_odd_names_in_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "cannot be read as CSV"),
+        ("", "is empty"),
         ("image,labels\na.png,Edema\n", r"lacks the column patient \(or patient_id\)"),
         ("patient,labels\n1,Edema\n", "lacks the column image; it has patient_id, labels"),
         ("a;b\n1;2\n", "lacks the column image and the column patient"),
-        ("image,patient,labels\na.png,1,Edema\nb.png,,Edema\n", r"patient_id is blank in 1 of 2 rows \(1\)"),
+        ("image,patient,labels\na.png,1,Edema\nb.png,,Edema\n", "patient_id is blank in row 3"),
         ("image,patient,labels\n,1,Edema\n", "image is blank"),
         ("image,patient,labels\na.png,1,A\na.png,2,A\n", "an earlier row has, e.g. a.png"),
         ("image,patient\na.png,1\n", "has no labels"),

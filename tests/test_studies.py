@@ -75,7 +75,7 @@ def test_too_few_pairs_are_refused():
 def test_every_bad_cell_is_named(column, value):
     studies = table(["p0", "p1", "p2"]).astype(object)
     studies.loc[1, column] = value
-    with pytest.raises(StudiesError, match=f"row 1.*{column} is blank"):
+    with pytest.raises(StudiesError, match=f"row 3, .*{column} is blank"):
         check_studies(studies)
 
 
@@ -85,7 +85,7 @@ def test_all_faults_come_at_once_whatever_the_index():
     studies.index = [0] * 30
     with pytest.raises(StudiesError, match="3 faults in 30 rows") as caught:
         check_studies(studies)
-    assert all(f"row {row}, study 's{row}'" in str(caught.value) for row in (3, 8, 21))
+    assert all(f"row {row + 2}, study 's{row}'" in str(caught.value) for row in (3, 8, 21))
 
 
 @pytest.mark.parametrize("label", [2, 0.5, "yes", np.inf])
