@@ -685,7 +685,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cxrvlm.results.read_beside': ('results.html#read_beside', 'cxrvlm/results.py'),
                                 'cxrvlm.results.read_results': ('results.html#read_results', 'cxrvlm/results.py'),
                                 'cxrvlm.results.read_runs': ('results.html#read_runs', 'cxrvlm/results.py'),
-                                'cxrvlm.results.read_table': ('results.html#read_table', 'cxrvlm/results.py'),
                                 'cxrvlm.results.resampled_means': ('results.html#resampled_means', 'cxrvlm/results.py'),
                                 'cxrvlm.results.result_row': ('results.html#result_row', 'cxrvlm/results.py'),
                                 'cxrvlm.results.run_folder': ('results.html#run_folder', 'cxrvlm/results.py'),

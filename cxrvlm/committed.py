@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from .figures import draw
-from .results import RUN, among, read_runs, read_table, result_row, run_folder
+from .results import RUN, among, read_runs, result_row, run_folder
 from .settings import SettingsError, arm_names, digest, from_root, load_arm, load_settings
+from .studies import read_own
 from .training import write_atomically
 
 # %% ../nbs/17d_committed.ipynb #4d5558de
@@ -66,7 +67,7 @@ def take_beside(
     "Copy what lies beside some runs; what is there of others goes."
     for name in (*MANY, *ONE):
         (output / name).unlink(missing_ok=True)
-        table = read_table(results / name) if (results / name).is_file() else pd.DataFrame()
+        table = read_own(results / name) if (results / name).is_file() else pd.DataFrame()
         keys = HELD if name in MANY else SAME
         kept = table[among(table, done, keys)] if set(keys) <= set(table.columns) else table[:0]
         if len(kept):
@@ -131,7 +132,7 @@ def put_beside(
     ignored: pd.DataFrame,
 ) -> list[str]:  # what was lost, in words
     "Merge one of the tables that lie beside the runs."
-    new, old = (read_table(file) if file.is_file() else pd.DataFrame() for file in (fresh, path))
+    new, old = (read_own(file) if file.is_file() else pd.DataFrame() for file in (fresh, path))
     if name in MANY:
         merged = merge_beside(new, old, replaced, ignored)
     elif len(new) or (set(RUN) <= set(old.columns) and among(old, replaced, RUN).any()):

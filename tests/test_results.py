@@ -20,11 +20,11 @@ from cxrvlm.results import (
     paired_gains,
     read_results,
     read_runs,
-    read_table,
     result_row,
     run_folder,
     write_result,
 )
+from cxrvlm.studies import read_own
 from cxrvlm.training import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def test_arms_without_a_run_in_common_have_no_gain():
 def test_a_table_of_ours_is_read_as_it_was_written(tmp_path):
     text = "preset,arm,fraction,seed,auroc,data,digest,commit,device,isa\nsmoke,none,0.1,0,0.30000000000000004,0001,123456e78901,12e4,NA,\n"
     (tmp_path / "runs.csv").write_text(text)
-    table = read_table(tmp_path / "runs.csv")
+    table = read_own(tmp_path / "runs.csv")
     assert table[["arm", "data", "digest", "commit", "device"]].values.tolist() == [["none", "0001", "123456e78901", "12e4", "NA"]]
     assert table.to_csv(index=False) == text and read_runs(tmp_path / "runs.csv").precision.isna().all()
 
