@@ -27,7 +27,7 @@ from .losses import contrastive_terms, nt_xent
 from .settings import Arm, Settings, SettingsError
 from .simclr import ProjectionHead
 from .studies import seed_from
-from .text import tokenize
+from .text import pad_rows, token_rows
 from .vlm import ContrastiveObjective, ImageTextPairs
 
 # %% ../nbs/14_declip.ipynb #e4714207
@@ -86,7 +86,8 @@ def collate(
         seed = seed_from(self.seed, "mask", step)
         batch["tokens"], batch["labels"] = mask_tokens(batch["tokens"], self.tokenizer, s.declip_mask, seed)
     if self.arm.beta:
-        batch["reworded"] = tokenize(self.tokenizer, [sample["reworded"] for sample in samples], self.max_tokens)
+        rows = token_rows(self.tokenizer, [sample["reworded"] for sample in samples], self.max_tokens)
+        batch["reworded"] = pad_rows(self.tokenizer, rows)
     return batch
 
 @patch

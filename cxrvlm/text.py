@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'untrained', 'words_of', 'train_tokenizer', 'unusable', 'is_cased', 'case_options', 'check_case',
-           'load_tokenizer', 'clip_tokenizer', 'refuse_empty', 'encode', 'token_limit', 'token_rows', 'pad_rows',
-           'tokenize', 'token_lengths', 'truncation', 'truncation_notice', 'eda']
+           'load_tokenizer', 'clip_tokenizer', 'refuse_empty', 'encode', 'token_limit', 'tokenize', 'token_rows',
+           'pad_rows', 'token_lengths', 'truncation', 'truncation_notice', 'eda']
 
 # %% ../nbs/07_text.ipynb #9c13c8d6
 import json
@@ -167,35 +167,37 @@ def token_limit(
     max_tokens: int,  # the setting
 ) -> int:
     "Where a report is cut: at `max_tokens`, or before, where the tokenizer's model has room for fewer."
+    if max_tokens <= tokenizer.num_special_tokens_to_add():
+        raise ValueError(f"max_tokens={max_tokens} leaves no room for the report between [CLS] and [SEP]; 3 is the least")
     return min(max_tokens, tokenizer.model_max_length)
 
+# %% ../nbs/07_text.ipynb #f76ac47a
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],  # B reports
+    max_tokens: int,  # a longer report is cut; [CLS] and [SEP] count
+) -> BatchEncoding:  # input_ids and attention_mask, int64 [B, W], W the longest of the batch; it has .to(device)
+    "A batch for the text encoder."
+    length = token_limit(tokenizer, max_tokens)
+    return encode(tokenizer, texts, padding="longest", truncation=True, max_length=length).convert_to_tensors("pt")
+
+# %% ../nbs/07_text.ipynb #bd3079c9
 def token_rows(
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],  # B reports
     max_tokens: int,  # a longer report is cut; [CLS] and [SEP] count
 ) -> list[list[int]]:  # the ids of each report's tokens
     "Reports as tokens, each as long as it is."
-    if max_tokens <= tokenizer.num_special_tokens_to_add():
-        raise ValueError(f"max_tokens={max_tokens} leaves no room for the report between [CLS] and [SEP]; 3 is the least")
     return encode(tokenizer, texts, truncation=True, max_length=token_limit(tokenizer, max_tokens))["input_ids"]
 
-# %% ../nbs/07_text.ipynb #f76ac47a
 def pad_rows(
     tokenizer: PreTrainedTokenizerFast,
     rows: list[list[int]],  # of `token_rows`, B of them
-) -> BatchEncoding:  # input_ids and attention_mask, int64 [B, W], W the longest of the batch; it has .to(device)
+) -> BatchEncoding:  # as of `tokenize`
     "A batch for the text encoder."
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
     lengths = torch.tensor([len(row) for row in rows])
     return BatchEncoding({"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()})
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[str],  # B reports
-    max_tokens: int,  # a longer report is cut; [CLS] and [SEP] count
-) -> BatchEncoding:  # as `pad_rows`
-    "Reports as a batch for the text encoder."
-    return pad_rows(tokenizer, token_rows(tokenizer, texts, max_tokens))
 
 # %% ../nbs/07_text.ipynb #406cc6ca
 def token_lengths(
