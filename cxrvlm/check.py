@@ -122,13 +122,14 @@ def some(
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-def ask_about_images(report: Report, studies: pd.DataFrame, seen: pd.DataFrame, size: int) -> None:
+def ask_about_images(report: Report, studies: pd.DataFrame, seen: pd.DataFrame, settings: Settings) -> None:
     "Files that cannot be used; sizes and modes."
     bad = seen[seen.reason.notna()]
     report.counts |= {"images": len(seen), "unusable images": len(bad)}
     if len(bad):
-        level = "error" if 2 * len(bad) > len(seen) else "warning"
-        report.add(level, "images", f"unusable, and left out by every run: {len(bad)} of {len(seen)}")
+        level = "error" if len(bad) > settings.unreadable * len(seen) else "warning"
+        what = f"a run stops, for unreadable = {settings.unreadable:g}" if level == "error" else "they are left out by every run"
+        report.add(level, "images", f"unusable: {len(bad)} of {len(seen)}; {what}")
         for reason, group in bad.groupby("reason", sort=False):
             report.add(level, "images", f"unusable, {len(group)}: {reason} ({some(group.index)})")
     good = seen[seen.reason.isna()]
@@ -138,9 +139,9 @@ def ask_about_images(report: Report, studies: pd.DataFrame, seen: pd.DataFrame, 
     sides = [f"{low} to {high}" if low < high else str(low) for low, high in
              ((int(good[side].min()), int(good[side].max())) for side in ("width", "height"))]
     report.add("note", "images", f"width {sides[0]} px, height {sides[1]} px; modes {', '.join(f'{m} ({n})' for m, n in modes.items())}")
-    small = good[good[["width", "height"]].min(axis=1) < size]
+    small = good[good[["width", "height"]].min(axis=1) < settings.image_size]
     if len(small):
-        report.add("note", "images", f"smaller than the {size} px of the preset, and enlarged: {len(small)}")
+        report.add("note", "images", f"smaller than the {settings.image_size} px of the preset, and enlarged: {len(small)}")
     shared = studies.groupby("image").study_id.nunique()
     if (shared > 1).any():
         report.add("warning", "images", f"files that belong to more than one study: {(shared > 1).sum()} ({some(shared.index[shared > 1])})")
@@ -203,12 +204,13 @@ def stage_sets(
     texts = both.drop_duplicates(["study_id", "findings", "impression"])
     return sets | ({"cxrbert": texts} if any(arm.adapts_text for arm in arms) else {})
 
-def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFrame, settings: Settings) -> None:
+def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFrame, settings: Settings, level: str) -> None:
     "Batches of stage 1 against what there is."
+    about = f"stage 1 of {settings.preset}"
     for stage, rows in stage_sets(studies, readable, settings).items():
         size, what = getattr(settings, f"{stage}_batch_size"), {"simclr": "images", "cxrbert": "reports"}[stage]
         if stage == "cxrbert" and rows.empty:
-            report.add("error", "stage 1", "no report has both findings and impression, and adapting the text would match them: set cxrbert_rsm = 0")
+            report.add(level, about, "no report has both findings and impression, and adapting the text would match them: set cxrbert_rsm = 0")
             continue
         for side in ("train", "validation"):
             part = rows[rows.split == side]
@@ -216,7 +218,7 @@ def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFra
                 part = nested_fraction(part, settings.stage1_fraction, settings.seeds[0], size)
             if len(part) < size:
                 both = " with findings and impression" * (stage == "cxrbert" and settings.cxrbert_rsm > 0)
-                report.add("error", "stage 1", f"{what}{both} for {side}: {len(part)}. A batch has {size}: lower {stage}_batch_size, or add pairs")
+                report.add(level, about, f"{what}{both} for {side}: {len(part)}. A batch has {size}: lower {stage}_batch_size, or add pairs")
 
 # %% ../nbs/07b_check.ipynb #5b8bddb2
 def ask_about_ids(report: Report, studies: pd.DataFrame) -> None:
@@ -354,13 +356,13 @@ def split_for_check(report: Report, studies: pd.DataFrame, settings: Settings) -
         return studies.assign(split="train")
 
 # %% ../nbs/07b_check.ipynb #34437cdf
-def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings) -> Report:
+def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings, named: bool = True) -> Report:
     "Ask every question of some pairs with a split."
     seen = inspect_images(studies.image.tolist())
     readable = studies[studies.image.map(seen.reason.isna())]
     ask_about_counts(report, readable, settings.batch_size)
-    ask_about_stages(report, studies, readable, settings)
-    ask_about_images(report, studies, seen, settings.image_size)
+    ask_about_stages(report, studies, readable, settings, "error" if named else "warning")
+    ask_about_images(report, studies, seen, settings)
     ask_about_sides(report, studies, seen)
     ask_about_ids(report, studies)
     ask_about_reports(report, studies)
@@ -373,6 +375,7 @@ def check_table(
     settings: Settings,  # the preset that the table is held against
     root: str | Path | None = None,  # folder that the images' paths start from; None: the table's
     encoding: str = "utf-8-sig",
+    named: bool = True,  # was the preset asked for? If not, what only its stage 1 lacks is a warning
 ) -> Report:
     "Look at everything; nothing is trained or written."
     report = Report(str(path))
@@ -381,7 +384,7 @@ def check_table(
         report.add("error", "rows", "no row can be used")
     if studies is None or studies.empty:
         return report
-    return look_at_all(report, split_for_check(report, studies, settings), settings)
+    return look_at_all(report, split_for_check(report, studies, settings), settings, named)
 
 # %% ../nbs/07b_check.ipynb #b8301cdd
 def check_preset(

@@ -21,7 +21,7 @@ def check(options: argparse.Namespace) -> int:
     own = settings.source == "table" and options.table and from_root(settings.data).resolve() == options.table.resolve()
     root = options.root or (from_root(settings.root) if own and settings.root else None)
     encoding = options.encoding or (settings.encoding if own else "utf-8-sig")
-    report = check_table(options.table, settings, root, encoding) if options.table else check_preset(settings)
+    report = check_table(options.table, settings, root, encoding, bool(options.preset)) if options.table else check_preset(settings)
     print(as_json(report) if options.json else as_text(report))
     return 0 if report.ok else 1
 

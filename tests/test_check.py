@@ -72,8 +72,8 @@ def test_a_good_table_has_no_error(home):
 @pytest.mark.parametrize(("about", "level", "words", "changes"), [
     ("split", "error", "patients in more than one split: 1 (p05)", {"patient_id": {80: "p05"}}),
     ("identical images", "error", "05.png (train) = again.png (test)", {"image": {80: "again.png"}}),
-    ("images", "warning", "there is no such file", {"image": {4: "gone.png"}}),
-    ("images", "error", "unusable, and left out by every run: 60 of 90", {"image": {n: f"gone{n}.png" for n in range(60)}}),
+    ("images", "error", "there is no such file", {"image": {4: "gone.png"}}),
+    ("images", "error", "unusable: 60 of 90; a run stops, for unreadable = 0.01", {"image": {n: f"gone{n}.png" for n in range(60)}}),
     ("images", "warning", "files that belong to more than one study: 1", {"image": {6: "05.png"}, "study_id": {n: f"s{n}" for n in range(90)}}),
     ("patients", "warning", "P05, p05", {"patient_id": {6: "P05"}}),
     ("reports", "note", "reports with the words of another: 3 of 90", {"report": {7: "Clear.", 8: "clear.", 9: "Clear."}}),
@@ -229,3 +229,18 @@ def test_the_spread_of_gains_is_the_demos():
     gains = [wide[key] - wide[("baseline", *key[1:])] for key in wide if key[0] != "baseline" and ("baseline", *key[1:]) in wide]
     assert len(gains) > 20 and abs(np.median([gain.std() for gain in gains]) - SPREAD) < 0.05
     assert smallest_gain(400) == pytest.approx(1.96 * SPREAD / 20)
+
+
+def test_a_few_unusable_images_are_a_warning_and_more_than_the_setting_allows_an_error(home):
+    table(image={5: "gone.png"}).to_csv(home / "mine.csv", index=False)
+    for allowed, level in ((0.01, "error"), (0.02, "warning")):
+        found = check_table(home / "mine.csv", replace(SMOKE, unreadable=allowed))
+        assert {remark.level for remark in found.remarks if "unusable" in remark.text} == {level}
+
+
+def test_what_stage_1_lacks_is_an_error_where_the_preset_was_named(home):
+    "Nobody asked for the arms of the demo who only wants to know whether a table is sound."
+    table().to_csv(home / "mine.csv", index=False)
+    large = replace(SMOKE, simclr_batch_size=1000)
+    levels = {named: [r.level for r in check_table(home / "mine.csv", large, named=named).remarks if r.about.startswith("stage 1")] for named in (True, False)}
+    assert set(levels[True]) == {"error"} and set(levels[False]) == {"warning"}
