@@ -23,12 +23,12 @@ from .encoders import DualEncoder, Embedding
 from .images import ImageStore
 from .initialisation import build_model, start_text
 from .local import unit
-from .losses import contrastive_terms, nt_xent
+from .losses import contrastive_loss, nt_xent, similarities
 from .settings import Arm, Settings, SettingsError
 from .simclr import ProjectionHead
 from .studies import seed_from
 from .text import pad_rows, token_rows
-from .vlm import ContrastiveObjective, ImageTextPairs
+from .vlm import ContrastiveObjective, ImageTextPairs, stack
 
 # %% ../nbs/14_declip.ipynb #e4714207
 def second_view(
@@ -219,15 +219,27 @@ class DeCLIPObjective(ContrastiveObjective):
 
 # %% ../nbs/14_declip.ipynb #21a13577
 @patch
+def all_with_all(
+    self: DeCLIPObjective,
+    views: list[Embedding],  # V of the same B images
+    reports: dict[str, Embedding],  # wordings of their B reports
+) -> dict[str, list[dict[str, torch.Tensor]]]:  # wording -> for each view the similarities [B, B], by name of the loss
+    "Compare every view with every wording."
+    B, options = len(views[0].pooled), {key: value for key, value in self.options.items() if key != "tau"}
+    whole = similarities(stack(views), stack(list(reports.values())), self.loss, **options)
+    blocks = {name: S.unflatten(0, (-1, B)).unflatten(2, (-1, B)) for name, S in whole.items()}  # [V, B, R, B]
+    return {wording: [{name: S[v, :, r] for name, S in blocks.items()} for v in range(len(views))] for r, wording in enumerate(reports)}
+
+# %% ../nbs/14_declip.ipynb #89b5932f
+@patch
 def compare(
     self: DeCLIPObjective,
-    pairs: list[tuple[Embedding, Embedding]],  # (images, reports)
+    blocks: list[dict[str, torch.Tensor]],  # comparisons, from `all_with_all`
     weight: float,
     prefix: str = "",  # of the terms' names
 ) -> dict[str, torch.Tensor]:  # named scalars, weighted
-    "The mean loss of several pairs."
-    found = [contrastive_terms(images, texts, self.loss, **self.options) for images, texts in pairs]
-    return {prefix + name: weight * sum(terms[name] for terms in found) / len(found) for name in found[0]}
+    "The mean loss of several comparisons."
+    return {prefix + name: weight * sum(contrastive_loss(block[name], self.options["tau"]) for block in blocks) / len(blocks) for name in blocks[0]}
 
 # %% ../nbs/14_declip.ipynb #47519fd3
 @patch
@@ -256,7 +268,7 @@ def neighbours(
     keys = unit(keys)
     found = self.queue.nearest(ids, keys) if self.queue.full else None
     self.queue.push(ids, keys, texts.local, texts.mask)
-    return found
+    return found and found._replace(local=found.local.to(texts.local))
 
 # %% ../nbs/14_declip.ipynb #63733e4f
 @patch
@@ -291,16 +303,18 @@ def terms(
     "Equation 5, term by term."
     if not self.training:
         return ContrastiveObjective.terms(self, embedded, batch)
-    images, crops, texts = (embedded[name] for name in ("images", "crops", "texts"))
-    rest = 1 - self.alpha - self.beta - self.gamma
-    terms = self.compare([(images, texts)], rest) if rest > 1e-9 else {}
+    reports = {"texts": embedded["texts"]} | ({"reworded": embedded["reworded"]} if self.beta else {})
+    if self.gamma and (found := self.neighbours(batch["study"], embedded["texts"])):
+        reports["found"] = found
+    views = [embedded["images"], embedded["crops"]][: 1 + (len(reports) > 1)]
+    pairs, rest = self.all_with_all(views, reports), 1 - self.alpha - self.beta - self.gamma
+    terms = self.compare(pairs["texts"][:1], rest) if rest > 1e-9 else {}
     if self.alpha:
         terms |= self.unimodal(embedded, batch["labels"])
     if self.beta:
-        reworded = embedded["reworded"]
-        terms |= self.compare([(images, reworded), (crops, texts), (crops, reworded)], self.beta, "mvs_")
-    if self.gamma and (found := self.neighbours(batch["study"], texts)):
-        terms |= self.compare([(images, found), (crops, found)], self.gamma, "nn_")
+        terms |= self.compare([*pairs["reworded"], pairs["texts"][1]], self.beta, "mvs_")
+    if "found" in pairs:
+        terms |= self.compare(pairs["found"], self.gamma, "nn_")
     return terms
 
 # %% ../nbs/14_declip.ipynb #594bf095
