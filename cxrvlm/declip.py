@@ -303,11 +303,14 @@ def terms(
     "Equation 5, term by term."
     if not self.training:
         return ContrastiveObjective.terms(self, embedded, batch)
-    reports = {"texts": embedded["texts"]} | ({"reworded": embedded["reworded"]} if self.beta else {})
+    rest = 1 - self.alpha - self.beta - self.gamma
+    reports = {"texts": embedded["texts"]} if rest > 1e-9 or self.beta else {}
+    if self.beta:
+        reports["reworded"] = embedded["reworded"]
     if self.gamma and (found := self.neighbours(batch["study"], embedded["texts"])):
         reports["found"] = found
-    views = [embedded["images"], embedded["crops"]][: 1 + (len(reports) > 1)]
-    pairs, rest = self.all_with_all(views, reports), 1 - self.alpha - self.beta - self.gamma
+    views = [embedded["images"], embedded["crops"]] if reports.keys() - {"texts"} else [embedded["images"]]
+    pairs = self.all_with_all(views, reports) if reports else {}
     terms = self.compare(pairs["texts"][:1], rest) if rest > 1e-9 else {}
     if self.alpha:
         terms |= self.unimodal(embedded, batch["labels"])
