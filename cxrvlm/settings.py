@@ -444,6 +444,7 @@ def short_hash(text: str) -> str:  # 12 hexadecimal digits
     "A short digest of a text."
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+# %% ../nbs/00_settings.ipynb #ff3c28f3
 def stage_digest(
     settings: Settings,
     stage: Literal["simclr", "cxrbert"],

@@ -343,8 +343,8 @@ def train(
     optimizer = build_optimizer(objective, settings)
     progress = load_checkpoint(saved, objective, optimizer, digest)
     batches = load_batches(train_set, settings, seed, progress.step, accelerator.device)
-    name = f"{folder} ({describe_device(accelerator)})"
-    bar = tqdm(total=settings.max_iterations or None, initial=progress.step, desc=name, mininterval=5)
+    name, total = f"{folder} ({describe_device(accelerator)})", settings.max_iterations or None
+    bar = tqdm(total=total, initial=progress.step, desc=name, mininterval=5)
     with bar, SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + 1) as board:
         while not progress.finished(settings):
             start, waited = time.perf_counter(), batches.waited
