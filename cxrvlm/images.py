@@ -62,7 +62,10 @@ def open_with_pillow(
         deep = file.mode.startswith(("I", "F"))
         negative = deep and file.format == "TIFF" and file.tag_v2.get(262) == 0  # PhotometricInterpretation: white is zero
         halved = not deep and ";16" in str(file.tile)
+        clear = file.info.get("transparency") if file.mode in ("1", "L") else 0
         image = ImageOps.exif_transpose(file)
+    if clear and image.histogram()[clear]:
+        raise UnclearError(f"its gray value {clear} is transparent, so that it is black for one viewer and bright for another; save it without transparency")
     if halved and 0 < image.convert("L").getextrema()[1] < 128:
         raise UnclearError("its colours leave bits of their 16 unused, so that it would be too dark; export it in 8 bits, or in gray")
     return Image.fromarray(-np.asarray(image, np.float32)) if negative else image

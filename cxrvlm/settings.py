@@ -298,6 +298,9 @@ def refuse_names(
     "Raise if a preset or an arm has a name that would go wrong later."
     kinds = [(section, "arm" if section.startswith("arm ") else "preset", section.removeprefix("arm ")) for section in sections]
     faults = [f"  [{section}]: {why}. Choose another name" for section, kind, name in kinds if name != "DEFAULT" and (why := wrong_name(name, kind))]
+    low = [section.lower() for section in sections]
+    faults += [f"  [{section}]: another name differs from it in capitals only, and both are one folder on a Mac or under Windows. Choose another name"
+               for section in sections if low.count(section.lower()) > 1]
     if faults:
         raise SettingsError(f"{path.name} is not right:\n" + "\n".join(faults))
 

@@ -158,6 +158,13 @@ def test_a_name_that_the_workflow_takes_for_something_else_is_refused(tmp_path, 
     assert f"[{section}]: " in str(caught.value) and "Choose another name" in str(caught.value)
 
 
+@pytest.mark.parametrize("section", ["Smoke", "DEMO", "arm Baseline"])
+def test_names_that_are_one_folder_on_a_mac_are_refused(tmp_path, section):
+    path = write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))
+    with pytest.raises(SettingsError, match=rf"\[{section}\]: another name differs from it in capitals only"):
+        load_settings("demo", path)
+
+
 @pytest.mark.parametrize("section", ["null", "mine", "ct-2024", "v1.5b", "arm evaluate", "arm x_1"])
 def test_other_names_are_fine(tmp_path, section):
     assert load_settings("demo", write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))).preset == "demo"
