@@ -219,7 +219,7 @@ def test_no_finding_is_no_finding(home):
 
 
 def test_one_name_for_many_patients(home):
-    assert "'unknown' has 30 of 90 pairs" in as_text(check(home, table(patient_id={n: "unknown" for n in range(30)})))
+    assert "'nobody' has 30 of 90 pairs" in as_text(check(home, table(patient_id={n: "nobody" for n in range(30)})))
 
 
 def test_the_spread_of_gains_is_the_demos():
