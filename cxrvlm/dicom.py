@@ -123,6 +123,8 @@ def read_dicom(
     from pydicom import dcmread
     with warnings.catch_warnings(action="ignore"):  # of small irregularities, which are common
         dataset = without_empty(dcmread(path))
+        if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+            raise DicomError("its pixels are floating-point numbers, which no radiograph has; export it with whole numbers, or as PNG")
         if "PixelData" not in dataset:
             raise DicomError(f"this DICOM file is a {dataset.get('Modality', 'document')} without a picture; leave it out")
         if int(dataset.get("NumberOfFrames") or 1) > 1:

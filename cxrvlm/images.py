@@ -82,7 +82,8 @@ def decode(
     except (DicomError, UnclearError):
         raise
     except FileNotFoundError:
-        raise ValueError("there is no such file; check the path and the root folder") from None
+        slash = ", and write / instead of \\ in it" if "\\" in str(path) and os.sep == "/" else ""
+        raise ValueError(f"there is no such file; check the path{slash} and the root folder") from None
     except IsADirectoryError:
         raise ValueError("this is a folder, not an image") from None
     except PermissionError:

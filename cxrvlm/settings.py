@@ -282,6 +282,8 @@ def wrong_name(
     "Why Snakemake, papermill or the folders of the runs would take a name for something else."
     if not re.fullmatch(r"\w[\w.-]*", name):
         return "a name has letters, digits, _, - and . only, because it is a folder, a target of Snakemake and a word of a command"
+    if re.fullmatch(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?|.*\.", name):
+        return "Windows makes no folder of that name"
     if name in TAKEN[kind]:
         return "the workflow has a rule of that name" if kind == "preset" else "the folder of the runs has something else of that name"
     try:

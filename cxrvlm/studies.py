@@ -484,8 +484,8 @@ MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 DATED = rf"(?i)\d{{1,2}}-{MONTH}(?:-\d+)?|{MONTH}-\d+|\d{{1,2}}/\d{{1,2}}/\d{{4}}"
 
 def spell_id(text: str) -> str:
-    "An id without surplus blanks and signs that nobody sees, each letter in one spelling."
-    return unicodedata.normalize("NFC", UNSEEN.sub("", text)).strip()
+    "An id without surplus blanks, signs that nobody sees and a spreadsheet's =\"\", each letter in one spelling."
+    return re.sub(r'(?s)^="(.*)"$', r"\1", unicodedata.normalize("NFC", UNSEEN.sub("", text)).strip()).strip()
 
 def names_nobody(text: str) -> bool:
     "Is a cell of ids blank, or a word or a dash for that?"

@@ -226,6 +226,15 @@ def test_a_window_narrower_than_1(tmp_path):
     assert np.ptp(small) > 200 and np.abs(small.astype(int) - large).max() <= 1
 
 
+def test_floating_point_pixels_are_said(tmp_path):
+    dataset = pydicom.dcmread(store(tmp_path / "x", gradient()))
+    del dataset.PixelData
+    dataset.FloatPixelData = gradient().astype("<f4").tobytes()
+    dataset.save_as(tmp_path / "y")
+    with pytest.raises(DicomError, match="floating-point"):
+        read_dicom(tmp_path / "y")
+
+
 def test_signed_values(tmp_path):
     square = read_image(store(tmp_path / "x", gradient(-1024, 3071)), 32).astype(int)
     assert square.min() < 10 and square.max() > 245 and (np.diff(square[:, 16]) >= 0).all()

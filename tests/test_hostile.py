@@ -123,6 +123,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "a patient who is a word for nobody": (a_row(patient="nan"), r"error: .*patient_id: 1 cells hold 'nan' \(row 32\): leave a cell empty"),
     "a study that is a word for nothing": (a_row(study="N/A"), r"error: .*study_id: 1 cells hold 'N/A' \(row 32\)"),
     "an id with a sign that nobody sees": (a_row(patient="p0\u200b"), "read: .*patients p0 p1 p2"),
+    "an id that a spreadsheet wrapped": (a_row(patient='"=""p0"""'), "read: .*patients p0 p1 p2"),
+    "a path from Windows": (a_row("im\\odd.png"), r"excluded: there is no such file; check the path, and write / instead of \\ in it"),
     "a dash for nobody": (a_row(patient="-"), r"error: .*patient_id: 1 cells hold '-' \(row 32\)"),
     "unknown for nobody": (a_row(patient="Unknown"), r"error: .*patient_id: 1 cells hold 'Unknown' \(row 32\)"),
     "a report for an id": (a_row(patient="Zyzzyva with small effusion left"), r"error: .*patient_id: 1 cells hold sentences \(row 32\)(?!.*Zyzzyva)"),

@@ -150,7 +150,7 @@ def test_a_new_key_may_be_left_out_and_changes_a_digest_only_away_from_its_defau
     assert digest(demo, arm) == KEPT["digest"]["demo"]["ours"]
 
 
-@pytest.mark.parametrize("section", ["2024", "1e5", "nan", "None", "True", "my data", "data", "evaluate", "a:q", "{x}", "../x", "-p", "arm a b", "arm data", "arm stage1", "arm 1", "arm {x}"])
+@pytest.mark.parametrize("section", ["2024", "1e5", "nan", "None", "True", "my data", "data", "evaluate", "a:q", "{x}", "../x", "-p", "arm a b", "arm data", "arm stage1", "arm 1", "arm {x}", "mine.", "nul", "arm AUX.1"])
 def test_a_name_that_the_workflow_takes_for_something_else_is_refused(tmp_path, section):
     path = write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))
     with pytest.raises(SettingsError) as caught:
