@@ -62,7 +62,10 @@ def open_with_pillow(
         deep = file.mode.startswith(("I", "F"))
         negative = deep and file.format == "TIFF" and file.tag_v2.get(262) == 0  # PhotometricInterpretation: white is zero
         halved = not deep and ";16" in str(file.tile)
+        clear = file.info.get("transparency") if file.mode in ("1", "L") else 0
         image = ImageOps.exif_transpose(file)
+    if clear and image.histogram()[clear]:
+        raise UnclearError(f"its gray value {clear} is transparent, so that it is black for one viewer and bright for another; save it without transparency")
     if halved and 0 < image.convert("L").getextrema()[1] < 128:
         raise UnclearError("its colours leave bits of their 16 unused, so that it would be too dark; export it in 8 bits, or in gray")
     return Image.fromarray(-np.asarray(image, np.float32)) if negative else image
@@ -79,7 +82,8 @@ def decode(
     except (DicomError, UnclearError):
         raise
     except FileNotFoundError:
-        raise ValueError("there is no such file; check the path and the root folder") from None
+        slash = ", and write / instead of \\ in it" if "\\" in str(path) and os.sep == "/" else ""
+        raise ValueError(f"there is no such file; check the path{slash} and the root folder") from None
     except IsADirectoryError:
         raise ValueError("this is a folder, not an image") from None
     except PermissionError:

@@ -130,7 +130,7 @@ def table_refs(
         raise ValueError(f"{path} has no column image; it has {len(table.columns)} others")
     images = table.image.str.strip()
     if (odd := not_paths(images)).any():
-        raise ValueError(f"{path}, {row_names(images.index[odd])}: the image is no path but a picture, a record or an address")
+        raise ValueError(f"{path}, {row_names(images.index[odd])}: the image is no path but a picture, a text, a record or an address")
     return images[images != ""].drop_duplicates().tolist()
 
 # %% ../nbs/18_search.ipynb #f090fc10

@@ -282,6 +282,8 @@ def wrong_name(
     "Why Snakemake, papermill or the folders of the runs would take a name for something else."
     if not re.fullmatch(r"\w[\w.-]*", name):
         return "a name has letters, digits, _, - and . only, because it is a folder, a target of Snakemake and a word of a command"
+    if re.fullmatch(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?|.*\.", name):
+        return "Windows makes no folder of that name"
     if name in TAKEN[kind]:
         return "the workflow has a rule of that name" if kind == "preset" else "the folder of the runs has something else of that name"
     try:
@@ -298,6 +300,9 @@ def refuse_names(
     "Raise if a preset or an arm has a name that would go wrong later."
     kinds = [(section, "arm" if section.startswith("arm ") else "preset", section.removeprefix("arm ")) for section in sections]
     faults = [f"  [{section}]: {why}. Choose another name" for section, kind, name in kinds if name != "DEFAULT" and (why := wrong_name(name, kind))]
+    low = [section.lower() for section in sections]
+    faults += [f"  [{section}]: another name differs from it in capitals only, and both are one folder on a Mac or under Windows. Choose another name"
+               for section in sections if low.count(section.lower()) > 1]
     if faults:
         raise SettingsError(f"{path.name} is not right:\n" + "\n".join(faults))
 

@@ -213,6 +213,28 @@ def test_a_window_is_a_ramp(tmp_path_factory, centre, width, line):
         assert np.allclose(scaled, (ramp - ramp.min()) / np.ptp(ramp), atol=2e-3)
 
 
+@pytest.mark.parametrize("width", [0, -400])
+def test_a_window_without_width_says_nothing(tmp_path, width):
+    whole = read_image(store(tmp_path / "x", gradient()), 32)
+    assert (read_image(store(tmp_path / "y", gradient(), WindowCenter=5, WindowWidth=width), 32) == whole).all()
+
+
+def test_a_window_narrower_than_1(tmp_path):
+    "The same picture in a unit 4,096 times as large."
+    small = read_image(store(tmp_path / "x", gradient(), WindowCenter=0.25, WindowWidth=0.5, RescaleSlope=2**-12, RescaleIntercept=0), 32)
+    large = read_image(store(tmp_path / "y", gradient(), WindowCenter=1024, WindowWidth=2048, VOILUTFunction="LINEAR_EXACT"), 32)
+    assert np.ptp(small) > 200 and np.abs(small.astype(int) - large).max() <= 1
+
+
+def test_floating_point_pixels_are_said(tmp_path):
+    dataset = pydicom.dcmread(store(tmp_path / "x", gradient()))
+    del dataset.PixelData
+    dataset.FloatPixelData = gradient().astype("<f4").tobytes()
+    dataset.save_as(tmp_path / "y")
+    with pytest.raises(DicomError, match="floating-point"):
+        read_dicom(tmp_path / "y")
+
+
 def test_signed_values(tmp_path):
     square = read_image(store(tmp_path / "x", gradient(-1024, 3071)), 32).astype(int)
     assert square.min() < 10 and square.max() > 245 and (np.diff(square[:, 16]) >= 0).all()

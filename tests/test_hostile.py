@@ -71,6 +71,12 @@ def deep(path: Path):
     Image.fromarray(np.asarray(picture()).astype(np.uint16) * 100).save(path)
 
 
+def white_is_clear(path: Path):
+    values = np.asarray(picture()).copy()
+    values[60:] = 255
+    Image.fromarray(values).save(path, transparency=255)
+
+
 IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated JPEG": (truncated_jpeg, r"excluded: it cannot be decoded .*[Tt]runcated"),
     "zero bytes": (lambda path: path.touch(), "excluded: the file is empty"),
@@ -88,6 +94,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (lambda path: None, "excluded: there is no such file"),
     "all black": (lambda path: Image.new("L", (80, 60)).save(path), "excluded: its pixels are all equal"),
     "all transparent": (lambda path: Image.new("RGBA", (80, 60)).save(path), "excluded: its pixels are all equal"),
+    "gray, and its white is transparent": (white_is_clear, "excluded: its gray value 255 is transparent"),
     "two frames": (lambda path: picture().save(path, save_all=True, append_images=[picture().rotate(90)]), "excluded: it has 2 pages, frames or layers"),
     "half a DICOM": (lambda path: path.write_bytes(bytes(128) + b"DICM" + bytes(50)), "excluded: "),
 }
@@ -115,6 +122,16 @@ ROWS: dict[str, tuple[str, str]] = {
     "no patient": (a_row(patient=""), "read: .*1 of 31 rows have no patient_id"),
     "a patient who is a word for nobody": (a_row(patient="nan"), r"error: .*patient_id: 1 cells hold 'nan' \(row 32\): leave a cell empty"),
     "a study that is a word for nothing": (a_row(study="N/A"), r"error: .*study_id: 1 cells hold 'N/A' \(row 32\)"),
+    "an id with a sign that nobody sees": (a_row(patient="p0\u200b"), "read: .*patients p0 p1 p2"),
+    "an id that a spreadsheet wrapped": (a_row(patient='"=""p0"""'), "read: .*patients p0 p1 p2"),
+    "a path from Windows": (a_row("im\\odd.png"), r"excluded: there is no such file; check the path, and write / instead of \\ in it"),
+    "a dash for nobody": (a_row(patient="-"), r"error: .*patient_id: 1 cells hold '-' \(row 32\)"),
+    "unknown for nobody": (a_row(patient="Unknown"), r"error: .*patient_id: 1 cells hold 'Unknown' \(row 32\)"),
+    "a report for an id": (a_row(patient="Zyzzyva with small effusion left"), r"error: .*patient_id: 1 cells hold sentences \(row 32\)(?!.*Zyzzyva)"),
+    "a report for an image": (a_row("Zyzzyva with small effusion left."), r"error: .*row 32: the image is no path but a picture, a text(?!.*Zyzzyva)"),
+    "a path with blanks": (a_row("./odd with some more words here.png"), "excluded: there is no such file"),
+    "RTF": (a_row(report=r"{\rtf1\ansi\deff0 Clear.\par}"), r"error: .*report: row 32: this is RTF"),
+    "line breaks of HL7": (a_row(report=r"FINDINGS: Clear.\.br\IMPRESSION:\.br\Normal\.br\heart \T\ lungs."), "read: .*Normal heart & lung"),
     "a report that is a word for nothing": (a_row(report="None"), "excluded: no impression"),
     "a report that says n/a.": (a_row(report="n/a."), "excluded: no impression"),
     "a study of two patients": (a_row(study="s0"), r"error: .*study 's0' \(row 2, row 32\) belongs to 2 patients"),
@@ -147,6 +164,7 @@ FILES: dict[str, tuple[Make, str]] = {
     "leading zeros": (lambda rows: re.sub(r",p(\d+),", r",00\1,", HEADER + rows).encode(), "read: .*patients 000 001 002"),
     "hexadecimal ids": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{'4e074085' if m[1] == '0' else 'a1b2c3' + m[1].zfill(2)},", HEADER + rows).encode(), "read: .*patients 4e074085"),
     "ids that end in zeros": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{123456789012345 + int(m[1])}000,", HEADER + rows).encode(), "error: .*lost digits"),
+    "ids that became dates": (lambda rows: re.sub(r",p(\d+),", lambda m: ",2-Jan," if m[1] == "1" else f",{int(m[1]) % 6 + 1}-{13 + int(m[1])},", HEADER + rows).encode(), "error: .*patient_id: 2-Jan in row 3 may be an id that a spreadsheet made a date"),
     "JSON": (lambda rows: b'[{"image": "a.png", "report": "Small effusion."}]', "error: .*is JSON, and no table.{0,60}$"),
     "an Excel workbook": (lambda rows: b"PK\x03\x04" + bytes(50), "error: .*is an Excel workbook or another zip"),
     "no header": (lambda rows: rows.encode(), "error: .*lacks the column image; it has 5 cells in its first row, none of them a name we know$"),

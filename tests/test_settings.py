@@ -150,12 +150,19 @@ def test_a_new_key_may_be_left_out_and_changes_a_digest_only_away_from_its_defau
     assert digest(demo, arm) == KEPT["digest"]["demo"]["ours"]
 
 
-@pytest.mark.parametrize("section", ["2024", "1e5", "nan", "None", "True", "my data", "data", "evaluate", "a:q", "{x}", "../x", "-p", "arm a b", "arm data", "arm stage1", "arm 1", "arm {x}"])
+@pytest.mark.parametrize("section", ["2024", "1e5", "nan", "None", "True", "my data", "data", "evaluate", "a:q", "{x}", "../x", "-p", "arm a b", "arm data", "arm stage1", "arm 1", "arm {x}", "mine.", "nul", "arm AUX.1"])
 def test_a_name_that_the_workflow_takes_for_something_else_is_refused(tmp_path, section):
     path = write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))
     with pytest.raises(SettingsError) as caught:
         load_settings("demo", path)
     assert f"[{section}]: " in str(caught.value) and "Choose another name" in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["Smoke", "DEMO", "arm Baseline"])
+def test_names_that_are_one_folder_on_a_mac_are_refused(tmp_path, section):
+    path = write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))
+    with pytest.raises(SettingsError, match=rf"\[{section}\]: another name differs from it in capitals only"):
+        load_settings("demo", path)
 
 
 @pytest.mark.parametrize("section", ["null", "mine", "ct-2024", "v1.5b", "arm evaluate", "arm x_1"])
