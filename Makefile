@@ -38,7 +38,7 @@ openi-images: install ## download Open-i's own images into data/openi, and check
 
 test: install ## everything that CI checks, without GPU and network
 	@ruff check .
-	@HF_HUB_OFFLINE=1 pytest -n 2 --dist loadgroup
+	@HF_HUB_OFFLINE=1 pytest -n 2 --dist loadfile
 
 gpu-test: install ## the tests that need a GPU
 	@pytest -m gpu

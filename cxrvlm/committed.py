@@ -9,6 +9,7 @@ __all__ = ['MANY', 'ONE', 'HELD', 'SAME', 'TRAINED', 'present_digests', 'not_tod
 
 # %% ../nbs/17d_committed.ipynb #fcf6b609
 import argparse
+import gzip
 import json
 import shutil
 import sys
@@ -56,8 +57,9 @@ def write_table(
     numbers: str | None = None,  # how they are written; None: all digits
 ) -> None:
     "The same table gives the same bytes, packed or not."
-    packed = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
-    write_atomically(path, lambda part: table.to_csv(part, index=False, float_format=numbers, compression=packed))
+    text = table.to_csv(index=False, float_format=numbers).encode()
+    packed = gzip.compress(text, mtime=0) if path.suffix == ".gz" else text  # without time and name
+    write_atomically(path, lambda part: part.write_bytes(packed))
 
 def take_beside(
     results: Path,  # folder of the committed tables

@@ -66,7 +66,7 @@ BROKEN = {
     "step-baseline": "vlm.contrastive_terms", "step-64px-ours": "declip.contrastive_loss", "step-open_clip": "vlm.contrastive_terms",
     "step-lightly": "simclr.nt_xent", "large-declip": "declip.nt_xent", "local-small": "losses.local_similarity",
     "local-large-bf16": "losses.local_similarity", "matching": "matching.local_matrix", "auroc": "retrieval.retrieval_auroc",
-    "probe": "downstream.linear_probe", "eda-wordnet-256": "eda.eda", "eda-radiology": "eda.eda", "phantom": "phantom.render_reference",
+    "probe": "downstream.linear_probe", "eda-wordnet-256": "eda.eda", "phantom": "phantom.render_reference",
     "load_mimic": "mimic.load_mimic",
 }
 

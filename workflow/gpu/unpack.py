@@ -85,9 +85,7 @@ def merge(preset: str, rows: pd.DataFrame, records: Path, results: Path) -> int:
     if rows.empty:
         return 0
     for name, file in (("placements.csv", "placements.csv.gz"), ("downstream.csv", "downstream.csv")):
-        left = read_beside(records / preset, name)
-        if "patient_id" in left:  # numbers for names, as in paper_figures/retrieval_curve
-            left = left.assign(patient_id=pd.factorize(left.patient_id, sort=True)[0])
+        left = read_beside(records / preset, name) if any((records / preset).rglob("result.json")) else pd.DataFrame()
         if len(left):
             append_left(results / preset / file, left[which(left).isin(which(rows))])
     append(table, rows)
