@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -109,6 +110,16 @@ def differences(stored: Path, fresh: Path) -> list[str]:
     return faults
 
 
+def write(root: Path) -> None:
+    "Store what the notebooks give in a copy that has no runs/ of an earlier state of the code."
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = copy_tree(Path(folder))
+        execute(fresh)
+        generate(fresh)
+        generated = [str(path.relative_to(fresh)) for path in (fresh / "cxrvlm").glob("*.py")]
+        for name in [*all_notebooks(fresh), *generated, "README.md"]:
+            shutil.copyfile(fresh / name, root / name)
+
+
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
-    execute(ROOT)
-    generate(ROOT)
+    write(ROOT)
