@@ -831,6 +831,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cxrvlm.studies.fingerprint': ('studies.html#fingerprint', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.flow': ('studies.html#flow', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.fraction_counts': ('studies.html#fraction_counts', 'cxrvlm/studies.py'),
+                                'cxrvlm.studies.grouped': ('table.html#grouped', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.is_phantom': ('studies.html#is_phantom', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.is_sentence': ('table.html#is_sentence', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.label_columns': ('studies.html#label_columns', 'cxrvlm/studies.py'),

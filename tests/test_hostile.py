@@ -165,6 +165,7 @@ FILES: dict[str, tuple[Make, str]] = {
     "hexadecimal ids": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{'4e074085' if m[1] == '0' else 'a1b2c3' + m[1].zfill(2)},", HEADER + rows).encode(), "read: .*patients 4e074085"),
     "ids that end in zeros": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{123456789012345 + int(m[1])}000,", HEADER + rows).encode(), "error: .*lost digits"),
     "ids that became dates": (lambda rows: re.sub(r",p(\d+),", lambda m: ",2-Jan," if m[1] == "1" else f",{int(m[1]) % 6 + 1}-{13 + int(m[1])},", HEADER + rows).encode(), "error: .*patient_id: 2-Jan in row 3 may be an id that a spreadsheet made a date"),
+    "ids with and without commas": (lambda rows: re.sub(r",p(\d+),", lambda m: ',"1,234",' if m[1] == "1" else ",1234," if m[1] == "2" else f",{m[1]},", HEADER + rows).encode(), "error: .*patient_id: 1,234 in row 3 is there without its commas too"),
     "JSON": (lambda rows: b'[{"image": "a.png", "report": "Small effusion."}]', "error: .*is JSON, and no table.{0,60}$"),
     "an Excel workbook": (lambda rows: b"PK\x03\x04" + bytes(50), "error: .*is an Excel workbook or another zip"),
     "no header": (lambda rows: rows.encode(), "error: .*lacks the column image; it has 5 cells in its first row, none of them a name we know$"),
