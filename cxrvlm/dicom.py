@@ -126,7 +126,9 @@ def read_dicom(
         if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
             raise DicomError("its pixels are floating-point numbers, which no radiograph has; export it with whole numbers, or as PNG")
         if "PixelData" not in dataset:
-            raise DicomError(f"this DICOM file is a {dataset.get('Modality', 'document')} without a picture; leave it out")
+            kind = str(dataset.get("Modality", ""))
+            kind = kind if kind.isalpha() and kind.isupper() and len(kind) < 9 else "document"  # not somebody's text
+            raise DicomError(f"this DICOM file is a {kind} without a picture; leave it out")
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise DicomError(f"this DICOM file has {dataset.NumberOfFrames} frames; export the one that is meant as a file of its own")
         try:

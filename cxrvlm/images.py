@@ -62,8 +62,11 @@ def open_with_pillow(
         deep = file.mode.startswith(("I", "F"))
         negative = deep and file.format == "TIFF" and file.tag_v2.get(262) == 0  # PhotometricInterpretation: white is zero
         halved = not deep and ";16" in str(file.tile)
+        signed = file.format == "TIFF" and file.mode == "L" and file.tag_v2.get(339) in (2, (2,))  # SampleFormat
         clear = file.info.get("transparency") if file.mode in ("1", "L") else 0
         image = ImageOps.exif_transpose(file)
+    if signed:
+        raise UnclearError("its 8 bits have a sign, which most programs ignore; export it without, or in 16 bits")
     if clear and image.histogram()[clear]:
         raise UnclearError(f"its gray value {clear} is transparent, so that it is black for one viewer and bright for another; save it without transparency")
     if halved and 0 < image.convert("L").getextrema()[1] < 128:
@@ -97,8 +100,9 @@ def decode(
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; check it, and shrink it") from None
     except Exception as error:  # a decoder can raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
         loop = getattr(error, "errno", None) == errno.ELOOP
+        said = error if isinstance(error, (OSError, SyntaxError, EOFError)) else type(error).__name__  # others may quote the file
         raise ValueError("it is a link that leads back to itself; make it anew" if loop else
-                         f"it cannot be decoded ({error}); copy or export it again") from None
+                         f"it cannot be decoded ({said}); copy or export it again") from None
     if min(image.size) < SMALLEST:
         raise ValueError(f"it is {image.width} x {image.height} px, too small for a radiograph; check the export")
     return image

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pydicom
 import pytest
 import torch
 from hypothesis import given, settings
@@ -540,3 +541,26 @@ def test_real_radiographs(tmp_path, folder, pattern, count):
 
 
 # Augmentations
+
+
+def test_a_message_never_quotes_what_stands_in_a_dicom_file(tmp_path):
+    "An anonymiser may have put a name anywhere."
+    for keyword in ("NumberOfFrames", "PhotometricInterpretation", "RescaleSlope", "Modality"):
+        dataset = pydicom.dcmread(pydicom.examples.get_path("ct"))
+        text = dataset.to_json_dict()
+        tag = f"{pydicom.datadict.tag_for_keyword(keyword):08X}"
+        text[tag] = {"vr": "LO", "Value": ["ZYZZYVA^QUOKKA"]}
+        spoiled = pydicom.Dataset.from_json(text)
+        if keyword == "Modality":
+            del spoiled.PixelData
+        spoiled.file_meta = dataset.file_meta
+        spoiled.save_as(tmp_path / "x.dcm", enforce_file_format=True)
+        with pytest.raises(ImageError) as caught:
+            read_image("x.dcm", 32, tmp_path)
+        assert "ZYZZYVA" not in str(caught.value) and "QUOKKA" not in str(caught.value), keyword
+
+
+def test_signed_bytes_are_refused(tmp_path):
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "x.tif", tiffinfo={339: 2})
+    with pytest.raises(ImageError, match="its 8 bits have a sign"):
+        read_image("x.tif", 32, tmp_path)
