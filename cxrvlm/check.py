@@ -122,6 +122,7 @@ def some(
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
+# %% ../nbs/07b_check.ipynb #2289dfd2
 def ask_about_images(report: Report, studies: pd.DataFrame, seen: pd.DataFrame, settings: Settings) -> None:
     "Files that cannot be used; sizes and modes."
     bad = seen[seen.reason.notna()]

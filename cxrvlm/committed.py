@@ -212,6 +212,5 @@ def main(arguments: list[str] | None = None) -> int:
     print(failed, end="", file=sys.stderr)
     return int(bool(failed))
 
-# %% ../nbs/17d_committed.ipynb #70193061
 if __name__ == "__main__" and "__file__" in globals():  # as a module, and not in this notebook
     sys.exit(main())

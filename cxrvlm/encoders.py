@@ -49,6 +49,7 @@ def build_backbone(
     except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:  # timm has no error of its own
         raise ValueError(f"image_encoder = {name}: timm gives no feature map of it at image_size = {image_size} ({error})") from None
 
+# %% ../nbs/08_encoders.ipynb #6a331dc8
 class TimmFeatures(nn.Module):
     "The last feature map of a timm model."
 
@@ -107,10 +108,7 @@ class ImageEncoder(nn.Module):
         standard = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.backbone(standard).flatten(2).mT
 
-    def project(
-        self,
-        regions: torch.Tensor,  # from `features`
-    ) -> Embedding:
+    def project(self, regions: torch.Tensor) -> Embedding:  # of `features`
         mask = torch.ones(regions.shape[:2], dtype=torch.bool, device=regions.device)
         return Embedding(self.to_pooled(regions.mean(1)), self.to_local(regions), mask)
 

@@ -108,7 +108,7 @@ def write_result(
     result = {"preset": settings.preset, "arm": arm.name, "fraction": fraction, "seed": seed, "metrics": metrics}
     result |= {"counts": counts, "data": data, "digest": digest(settings, arm)}
     result |= {"training": {"steps": progress.step, "best_step": progress.best_step, "best_valid": progress.best}}
-    result |= {"seconds": round(progress.seconds, 1), "provenance": provenance(accelerator)}
+    result |= {"seconds": round(progress.seconds, 1), "waited": round(progress.loading, 1), "provenance": provenance(accelerator)}
     result |= {"settings": settings.model_dump(mode="json"), "arm_settings": arm.model_dump(mode="json")}
     text = json.dumps(result, indent=1)
     path = Path(folder) / "result.json"

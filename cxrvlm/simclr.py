@@ -67,8 +67,8 @@ def finish(
     batch: dict,  # from `collate`, on the device
 ) -> dict:  # study_id, and views float32 [2, B, 1, S, S]
     "Make the views."
-    images = to_float(batch["images"])
-    return {"study_id": batch["study_id"], "views": torch.stack([self.transform(images, draws) for draws in batch["draws"]])}
+    views = [self.transform(batch["images"], draws) for draws in batch["draws"]]
+    return {"study_id": batch["study_id"], "views": torch.stack(views)}
 
 # %% ../nbs/11_simclr.ipynb #8b1a4f2e
 class ProjectionHead(nn.Sequential):

@@ -296,9 +296,10 @@ def describe_device(
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "float32"
     if accelerator.device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, driver {nvidia_driver()}, {precision}"
-    unused = f", while the GPU's driver {nvidia_driver()} is of no use to PyTorch {torch.__version__}" * bool(nvidia_driver())
-    unused = "" if torch.cuda.is_available() else unused
-    return f"{accelerator.device.type}, threads: {torch.get_num_threads()}, {precision}{unused}"
+    said = f"{accelerator.device.type}, threads: {torch.get_num_threads()}, {precision}"
+    if nvidia_driver() and not torch.cuda.is_available():
+        said += f"; the GPU's driver {nvidia_driver()} is of no use to PyTorch {torch.__version__}"
+    return said
 
 # %% ../nbs/10_training.ipynb #adba3185
 def train_until_validation(objective, batches, optimizer, accelerator, progress, settings, seed, bar) -> dict[str, float]:
@@ -315,7 +316,8 @@ def train_until_validation(objective, batches, optimizer, accelerator, progress,
         if len(unread) == READ or step + 1 == stop:
             rows += read_terms(unread)
             unread.clear()
-            bar.set_postfix({"train": f"{sum(rows[-1].values()):.3f}", "best": f"{progress.best:.3f}"}, refresh=False)
+            waited = f"{progress.loading / max(progress.seconds, 1e-9):.0%} of the time"
+            bar.set_postfix({"train": f"{sum(rows[-1].values()):.3f}", "best": f"{progress.best:.3f}", "waited for batches": waited}, refresh=False)
         bar.update()
     progress.step = stop
     return pd.DataFrame(rows).mean().to_dict()
@@ -343,19 +345,17 @@ def train(
     optimizer = build_optimizer(objective, settings)
     progress = load_checkpoint(saved, objective, optimizer, digest)
     batches = load_batches(train_set, settings, seed, progress.step, accelerator.device)
-    name, total = f"{folder} ({describe_device(accelerator)})", settings.max_iterations or None
-    bar = tqdm(total=total, initial=progress.step, desc=name, mininterval=5)
+    name = f"{folder} ({describe_device(accelerator)})"
+    bar = tqdm(total=settings.max_iterations or None, initial=progress.step, desc=name, mininterval=5)
     with bar, SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + 1) as board:
         while not progress.finished(settings):
             start, waited = time.perf_counter(), batches.waited
             means = train_until_validation(objective, batches, optimizer, accelerator, progress, settings, seed, bar)
             if progress.record(means, validate(objective, valid_set, settings, accelerator)):
                 write_atomically(saved / "best.pt", lambda path: torch.save(objective.state_dict(), path))
-            progress.seconds += time.perf_counter() - start
-            progress.loading += batches.waited - waited
+            progress.seconds, progress.loading = progress.seconds + time.perf_counter() - start, progress.loading + batches.waited - waited
             save_checkpoint(saved, objective, optimizer, progress, digest)
             write_history(Path(folder), progress, board)
-        bar.set_postfix({"best": f"{progress.best:.3f}", "waited for batches": f"{progress.loading / max(progress.seconds, 1e-9):.0%}"})
     objective.load_state_dict(torch.load(saved / "best.pt", map_location="cpu", weights_only=True))
     objective.eval()
     return progress

@@ -69,10 +69,8 @@ def finish(
     batch: dict,  # from `collate`, on the device
 ) -> dict:  # with images float32 [B, 1, S, S] in 0..1
     "Prepare the images of a batch."
-    images = to_float(batch["images"])
-    if self.transform is not None:
-        images = self.transform(images, batch["draws"])
-    return batch | {"images": images}
+    images = batch["images"]
+    return batch | {"images": self.transform(images, batch["draws"]) if self.transform else to_float(images)}
 
 # %% ../nbs/13_vlm.ipynb #3e379aaa
 class ContrastiveObjective(Objective):

@@ -6,13 +6,13 @@ from accelerate.utils import concatenate, slice_tensors
 from cxrvlm.augment import augmentation
 from cxrvlm.caching import backward_in_parts
 from cxrvlm.cxrbert import ReportSections, TextAdaptationObjective, build_head
-from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.declip import build_objective, training_set
 from cxrvlm.initialisation import load_masked_lm
 from cxrvlm.settings import in_stage, load_arm, load_settings, replace
 from cxrvlm.simclr import ImageViews
 from cxrvlm.simclr import build_objective as build_simclr
 from cxrvlm.training import load_batches, train
+from prepared import prepare
 
 SETTINGS = replace(load_settings("smoke"), batch_size=10, declip_queue=10)
 GENERIC = {"image_init": "generic", "text_init": "generic"}
@@ -21,9 +21,7 @@ KINDS = ("baseline", "combined", "ours", "simclr", "text")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    studies, _ = load_studies(SETTINGS)
-    store = open_store(SETTINGS, studies, tmp_path_factory.mktemp("data"))
-    return studies[studies.split == "train"], store, make_tokenizer(SETTINGS, studies)
+    return prepare(SETTINGS, tmp_path_factory.mktemp("data"))
 
 
 def build(data, kind):

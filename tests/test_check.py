@@ -76,7 +76,7 @@ def test_a_good_table_has_no_error(home):
     ("images", "error", "unusable: 60 of 90; a run stops, for unreadable = 0.01", {"image": {n: f"gone{n}.png" for n in range(60)}}),
     ("images", "warning", "files that belong to more than one study: 1", {"image": {6: "05.png"}, "study_id": {n: f"s{n}" for n in range(90)}}),
     ("patients", "warning", "P05, p05", {"patient_id": {6: "P05"}}),
-    ("patients", "warning", "1,234, 1234", {"patient_id": {6: "1,234", 7: "1234"}}),
+    ("table", "error", "1,234 in row 8 is there without its commas too", {"patient_id": {6: "1,234", 7: "1234"}}),
     ("reports", "note", "reports with the words of another: 3 of 90", {"report": {7: "Clear.", 8: "clear.", 9: "Clear."}}),
     ("reports", "error", "all reports have the same words", {"report": {n: "Clear." for n in range(90)}}),
     ("rows", "warning", "left out, no impression: 2", {"report": {3: "", 4: "___"}}),

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrvlm import thesaurus
-from cxrvlm.data import load_studies, make_tokenizer, open_store
 from cxrvlm.declip import DeCLIPPairs, ReportQueue, build_objective, training_set
 from cxrvlm.encoders import Embedding
 from cxrvlm.initialisation import missing_weights
@@ -19,6 +18,7 @@ from cxrvlm.losses import contrastive_loss, global_similarity, local_similarity,
 from cxrvlm.settings import SettingsError, load_arm, load_settings, replace
 from cxrvlm.training import load_batches
 from cxrvlm.vlm import ContrastiveObjective, ImageTextPairs
+from prepared import prepare
 
 SETTINGS = replace(load_settings("smoke"), declip_queue=8)
 
@@ -32,9 +32,7 @@ def make_arm(loss="combined", alpha=0.2, beta=0.2, gamma=0.2):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "Training studies, pixels and tokenizer of the smoke preset."
-    studies, _ = load_studies(SETTINGS)
-    store = open_store(SETTINGS, studies, tmp_path_factory.mktemp("data"))
-    return studies[studies.split == "train"], store, make_tokenizer(SETTINGS, studies)
+    return prepare(SETTINGS, tmp_path_factory.mktemp("data"))
 
 
 def build(data, arm):

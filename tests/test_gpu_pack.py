@@ -12,11 +12,14 @@ sys.path.insert(0, str(ROOT / "workflow/gpu"))
 import pack  # noqa: E402
 import unpack  # noqa: E402
 import visit  # noqa: E402
+from cxrvlm.settings import digest, load_arm, load_settings  # noqa: E402
 from sweep import Clock, Results, Sweep, execute, plan, read_queue, tasks_for  # noqa: E402
+
+TODAY = digest(load_settings("smoke"), load_arm("baseline"))
 
 RESULT = {
     "preset": "smoke", "arm": "baseline", "fraction": 0.5, "seed": 0, "metrics": {"auroc": 0.625}, "data": "d" * 16,
-    "counts": {"train": 26, "validation": 6, "test": 6}, "digest": "1234567e8901", "seconds": 1.5,
+    "counts": {"train": 26, "validation": 6, "test": 6}, "digest": TODAY, "seconds": 1.5,
     "training": {"steps": 12, "best_step": 8, "best_valid": 1.25},
     "provenance": {"commit": "cxrvlm 0.1.0+g07c8bb8f9904.changed", "device": "NVIDIA H100", "threads": 1},
 }  # fmt: skip
@@ -174,39 +177,41 @@ def home(tmp_path: Path, name: str = "runs.csv") -> pd.DataFrame:
 
 def test_runs_come_home_once(tmp_path, visited, capsys):
     unpack.main([visited.out], tmp_path / "home")
-    assert "smoke: 2 new of 2 runs" in capsys.readouterr().out
+    assert "2 runs, 2 of them new" in capsys.readouterr().out
     runs, placed = home(tmp_path), home(tmp_path, "placements.csv.gz")
-    assert runs[["seed", "digest", "commit", "auroc"]].values.tolist() == [
-        [seed, "1234567e8901", "07c8bb8f9904 with changes", "0.625"] for seed in "01"
-    ]
+    assert runs[["seed", "digest", "commit", "auroc"]].values.tolist() == [[seed, TODAY, "07c8bb8f9904 with changes", "0.625"] for seed in "01"]
     assert placed[["patient_id", "value", "seed"]].values.tolist() == [["1", "0.2500", "0"], ["0", "0.1235", "0"], ["1", "0.2500", "1"], ["0", "0.1235", "1"]]
     assert (tmp_path / "home/results/gpu/20261127-2030.log").read_text().startswith("visit of 2026")
     assert not list((tmp_path / "home").rglob("state.pt"))
-    before = (tmp_path / "home/results/smoke/runs.csv").read_bytes()
+    before = {name: (tmp_path / "home/results/smoke" / name).read_bytes() for name in ("runs.csv", "placements.csv.gz")}
     unpack.main([visited.out], tmp_path / "home")
-    assert "smoke: 0 new of 2 runs" in capsys.readouterr().out and (tmp_path / "home/results/smoke/runs.csv").read_bytes() == before
+    assert "2 runs, 0 of them new" in capsys.readouterr().out
+    assert before == {name: (tmp_path / "home/results/smoke" / name).read_bytes() for name in before}
+
+
+def later(tmp_path: Path, seed: int, **changes) -> Path:
+    "What another visit wrote that made one run."
+    results = Results(tmp_path / f"later {seed}", tmp_path / f"again {seed}/runs")
+    results.out.mkdir()
+    finish(results, seed, **changes)
+    return results.out
 
 
 def test_rows_that_are_there_stay_as_they_are(tmp_path, visited):
+    unpack.main([visited.out], tmp_path / "home")
     table = tmp_path / "home/results/smoke/runs.csv"
-    table.parent.mkdir(parents=True)
-    old = ["preset,arm,fraction,seed,auroc,local_auroc,data,digest", f"smoke,baseline,0.50,0,0.9000,,{'d' * 16},1234567e8901", "smoke,ours,0.5,0,0.7,0.80,x,y"]
-    table.write_text("\n".join(old) + "\n")
-    unpack.main([visited.out], tmp_path / "home")
-    lines = table.read_text().splitlines()
-    assert [line[: len(row)] for line, row in zip(lines, old, strict=False)] == old and len(lines) == 4  # seed 1 is new
-    assert home(tmp_path).iloc[2][["arm", "seed", "auroc", "best_valid"]].tolist() == ["baseline", "1", "0.625", "1.25"]
-    assert home(tmp_path, "placements.csv.gz").seed.unique().tolist() == ["1"]
+    before = table.read_text().splitlines()
+    unpack.main([later(tmp_path, 2)], tmp_path / "home")
+    assert table.read_text().splitlines()[:-1] == before and home(tmp_path).seed.tolist() == ["0", "1", "2"]
+    assert home(tmp_path, "placements.csv.gz").seed.unique().tolist() == ["0", "1", "2"]
 
 
-def test_a_run_of_other_settings_stands_beside_and_its_placements_are_not_mixed(tmp_path, visited):
+def test_a_run_of_other_settings_is_named_and_does_not_count(tmp_path, visited, capsys):
     unpack.main([visited.out], tmp_path / "home")
-    other = Results(tmp_path / "later", tmp_path / "again/runs")
-    other.out.mkdir()
-    finish(other, 0, digest="b" * 12)
-    with pytest.warns(UserWarning, match="has some of these runs, with other settings"):
-        unpack.main([other.out], tmp_path / "home")
-    assert home(tmp_path).digest.tolist() == ["1234567e8901"] * 2 + ["b" * 12]
+    before = home(tmp_path)
+    unpack.main([later(tmp_path, 0, digest="b" * 12)], tmp_path / "home")
+    assert "ignored, its settings are not today's: smoke/baseline/0.5/0" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(home(tmp_path), before)
     assert len(home(tmp_path, "placements.csv.gz")) == 4
 
 
