@@ -74,6 +74,8 @@ class EncoderSettings(Checked):
     embed_dim: Natural  # E
     tau: Positive  # softmax temperature of eq 1
     weights: Annotated[str, Field(min_length=1)]  # the folder of downloaded weights, from the root of the repository
+    text_pooling: Literal["cls", "mean", "auto"] = "cls"  # a report's vector: [CLS], or the mean of its tokens; auto: by the weights
+    output_stride: Count = 0  # pixels from one region to the next, of a timm:NAME that has a choice; 0: its own
 
 # %% ../nbs/00_settings.ipynb #78e5e929
 class TrainingSettings(Checked):
@@ -92,6 +94,7 @@ class TrainingSettings(Checked):
     threads: Count  # CPU threads; 0: all. Sums round differently for another number
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     accumulate: Natural = 1  # parts in which a batch passes the encoders: less memory, the same negatives
+    batchnorm_images: Count = 0  # plain training images whose statistics batch normalisation has in validation; 0: as training left them
 
 # %% ../nbs/00_settings.ipynb #70826abe
 class SweepSettings(Checked):
@@ -211,6 +214,8 @@ class Settings(
             raise ValueError(f"text_hidden = {self.text_hidden} is no multiple of text_heads = {self.text_heads}")
         if (self.source == "phantom") != (self.pairs > 0):
             raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
+        if self.batchnorm_images == 1:
+            raise ValueError("batchnorm_images = 1: one image has no spread; use 0, or 2 and more")
         splits = {"mimic": ["folder", "official"], "table": ["patient", "column"]}.get(self.source, ["patient"])
         if self.split not in splits:
             raise ValueError(f"split = {self.split}: {' or '.join(splits)} for source = {self.source}")
@@ -431,8 +436,8 @@ LOCAL = keys_of(LocalSettings)
 DECLIP = keys_of(DeCLIPSettings)
 SHARED = keys_of(DataSettings, TrainingSettings) | {"stage1_fraction"}
 USED = {
-    "simclr": SHARED | keys_of(SimCLRAugmentations, Stage1Settings, but="cxrbert_") | {"image_encoder", "image_weights", "vlm_rotation"},
-    "cxrbert": SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_"),
+    "simclr": SHARED | keys_of(SimCLRAugmentations, Stage1Settings, but="cxrbert_") | {"image_encoder", "image_weights", "output_stride", "vlm_rotation"},
+    "cxrbert": (SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_")) - {"output_stride", "batchnorm_images"},
 }
 
 # %% ../nbs/00_settings.ipynb #cfaddacd
