@@ -17,6 +17,7 @@ from .images import ImageStore
 from .matching import all_metrics
 from .results import placement_table
 from .settings import Settings
+from .studies import pair_texts
 from .training import write_atomically
 from .vlm import embed_pairs
 
@@ -50,7 +51,7 @@ def evaluate(
     "Ask a model everything."
     device = next(model.parameters()).device
     images, texts = embed_pairs(model, studies, store, settings.max_tokens, local="local" in matchings)
-    metrics = all_metrics(images, texts, studies.impression.tolist(), matchings, settings, path, device)
+    metrics = all_metrics(images, texts, pair_texts(studies).tolist(), matchings, settings, path, device)
     placed = placement_table(images, texts, studies.patient_id.tolist(), matchings, settings, path, device)
     _, tables = downstream_metrics(model, studies, store, settings)
     return Evaluation(metrics, placed, downstream_table(tables, matchings))
