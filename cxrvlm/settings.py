@@ -91,7 +91,7 @@ class TrainingSettings(Checked):
     betas: Annotated[tuple[Share, Share], BeforeValidator(words)]
     warmup: Count  # iterations over which the rate rises from 0
     train_iterations: Natural  # between two validations
-    valid_iterations: Natural  # batches of one validation, always the same ones
+    valid_iterations: Count  # batches of one validation, always the same ones; 0: the whole split
     patience: Natural  # validations without improvement before the end
     max_iterations: Count  # the end in any case; 0: none
     precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the device has it
@@ -100,6 +100,7 @@ class TrainingSettings(Checked):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     accumulate: Natural = 1  # parts in which a batch passes the encoders: less memory, the same negatives
     batchnorm_images: Count = 0  # plain training images whose statistics batch normalisation has in validation; 0: as training left them
+    min_iterations: Count = 0  # before these patience does not count
 
 # %% ../nbs/00_settings.ipynb #70826abe
 class SweepSettings(Checked):
@@ -162,15 +163,17 @@ class Stage1Training(Checked):
     simclr_batch_size: Annotated[int, Field(ge=2)]
     simclr_lr: Positive
     simclr_train_iterations: Natural
-    simclr_valid_iterations: Natural
+    simclr_valid_iterations: Count
     simclr_patience: Natural
     simclr_max_iterations: Count
     cxrbert_batch_size: Annotated[int, Field(ge=2)]
     cxrbert_lr: Positive
     cxrbert_train_iterations: Natural
-    cxrbert_valid_iterations: Natural
+    cxrbert_valid_iterations: Count
     cxrbert_patience: Natural
     cxrbert_max_iterations: Count
+    simclr_min_iterations: Count = 0
+    cxrbert_min_iterations: Count = 0
 
 # %% ../nbs/00_settings.ipynb #c844d5f5
 class LocalSettings(Checked):
@@ -187,7 +190,8 @@ class DeCLIPSettings(Checked):
     declip_mask: Annotated[float, Field(gt=0, lt=1)]  # share of the tokens that are masked
     declip_tau: Positive  # softmax temperature between an image's two views
     declip_head: Natural  # output dimensions of the head that compares them
-    declip_queue: Natural  # reports among which the nearest neighbour is looked for
+    declip_queue: Natural  # reports among which the nearest neighbour is looked for, at most
+    declip_queue_within: Share = 0  # of max_iterations: the queue is short enough to be full by then; 0: however long it takes
 
 # %% ../nbs/00_settings.ipynb #42361c30
 def prompts(text):

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
+from fastcore.basics import patch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -204,7 +205,8 @@ def validate(
     accelerator: Accelerator,
 ) -> dict[str, float]:  # the mean of each term
     "The loss on the same validation batches every time."
-    count = min(settings.valid_iterations, len(dataset) // settings.batch_size)
+    whole = len(dataset) // settings.batch_size  # batches
+    count = min(settings.valid_iterations or whole, whole)
     if count == 0:
         raise ValueError(f"the validation split has {len(dataset)} samples, less than one batch of {settings.batch_size}")
     objective.eval()
@@ -232,17 +234,32 @@ class Progress:
         at_end = settings.max_iterations and self.step >= settings.max_iterations
         return bool(at_end) or self.waited >= settings.patience
 
-    def record(self, train: dict[str, float], valid: dict[str, float]) -> bool:
-        "Note a validation; True if it is the best so far."
+    def record(self, train: dict[str, float], valid: dict[str, float], patient: int = 0) -> bool:
+        "Note a validation; True if it is the best so far. Up to step `patient` nobody waits."
         row = {"step": self.step, "train": sum(train.values()), "valid": sum(valid.values())}
         row |= {f"train_{k}": v for k, v in train.items()} | {f"valid_{k}": v for k, v in valid.items()}
         self.history.append(row)
         improved = row["valid"] < self.best
         if improved:
             self.best, self.best_step, self.waited = row["valid"], self.step, 0
-        else:
+        elif self.step > patient:
             self.waited += 1
         return improved
+
+# %% ../nbs/10_training.ipynb #52f0e9a6
+@patch
+def limited_by_steps(
+    self: Progress,
+    settings: Settings,  # max_iterations
+    share: float = 1.0,  # of the terms that validation has too, in the training loss
+) -> bool | None:  # None: nothing can be said
+    "Did it end at `max_iterations` with a training loss that had not fallen below the validation loss?"
+    last = self.history[-1] if self.history else {}
+    terms = [key.removeprefix("valid_") for key in last if key.startswith("valid_")]
+    if not terms or share < 1e-9 or any(f"train_{term}" not in last for term in terms):
+        return None
+    at_end = 0 < settings.max_iterations <= self.step
+    return at_end and sum(last[f"train_{term}"] for term in terms) / share >= last["valid"]
 
 # %% ../nbs/10_training.ipynb #84dc5622
 def write_atomically(
@@ -385,7 +402,7 @@ def train(
             start, waited = time.perf_counter(), batches.waited
             means = train_until_validation(objective, batches, optimizer, accelerator, progress, settings, seed, bar)
             normalise_plainly(objective, train_set, settings, accelerator)
-            if progress.record(means, validate(objective, valid_set, settings, accelerator)):
+            if progress.record(means, validate(objective, valid_set, settings, accelerator), settings.min_iterations):
                 write_atomically(saved / "best.pt", lambda path: torch.save(objective.state_dict(), path))
             progress.seconds, progress.loading = progress.seconds + time.perf_counter() - start, progress.loading + batches.waited - waited
             save_checkpoint(saved, objective, optimizer, progress, digest)
