@@ -685,6 +685,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cxrvlm.results.interval': ('results.html#interval', 'cxrvlm/results.py'),
                                 'cxrvlm.results.markdown': ('results.html#markdown', 'cxrvlm/results.py'),
                                 'cxrvlm.results.markdown_table': ('results.html#markdown_table', 'cxrvlm/results.py'),
+                                'cxrvlm.results.measure_of': ('results.html#measure_of', 'cxrvlm/results.py'),
                                 'cxrvlm.results.multiplier_text': ('results.html#multiplier_text', 'cxrvlm/results.py'),
                                 'cxrvlm.results.number_patients': ('results.html#number_patients', 'cxrvlm/results.py'),
                                 'cxrvlm.results.one_data': ('results.html#one_data', 'cxrvlm/results.py'),
