@@ -220,8 +220,10 @@ class Settings(
             raise ValueError(f"seeds = {max(self.seeds)}: with split = folds a seed is the number of a fold, 0 to 4")
         if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
             raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
-        if self.source in ("mimic", "medpix") and self.restricted == "no":
-            raise ValueError("restricted = no: whoever owns the reports and images of MIMIC-CXR and MedPix has not allowed to share them; use auto")
+        closed = {"mimic": "the licence of MIMIC-CXR forbids to share its reports and images",
+                  "medpix": "the contributors of MedPix have not allowed to share its captions and images"}
+        if self.source in closed and self.restricted == "no":
+            raise ValueError(f"restricted = no: {closed[self.source]}; use auto")
         if self.source in ("mimic", "table", "medpix") and not self.data:
             raise ValueError(f"data is empty: source = {self.source} needs the path of its {'file' if self.source == 'table' else 'folder'}")
         if list(self.fractions) != sorted(set(self.fractions)):
