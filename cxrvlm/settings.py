@@ -75,6 +75,8 @@ class EncoderSettings(Checked):
     embed_dim: Natural  # E
     tau: Positive  # softmax temperature of eq 1
     weights: Annotated[str, Field(min_length=1)]  # the folder of downloaded weights, from the root of the repository
+    text_pooling: Literal["cls", "mean", "auto"] = "cls"  # a report's vector: [CLS], or the mean of its tokens; auto: by the weights
+    output_stride: Count = 0  # pixels from one region to the next, of a timm:NAME that has a choice; 0: its own
 
 # %% ../nbs/00_settings.ipynb #78e5e929
 class TrainingSettings(Checked):
@@ -439,8 +441,8 @@ LOCAL = keys_of(LocalSettings)
 DECLIP = keys_of(DeCLIPSettings)
 SHARED = keys_of(DataSettings, TrainingSettings) | {"stage1_fraction"}
 USED = {
-    "simclr": SHARED | keys_of(SimCLRAugmentations, Stage1Settings, but="cxrbert_") | {"image_encoder", "image_weights", "vlm_rotation"},
-    "cxrbert": SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_"),
+    "simclr": SHARED | keys_of(SimCLRAugmentations, Stage1Settings, but="cxrbert_") | {"image_encoder", "image_weights", "output_stride", "vlm_rotation"},
+    "cxrbert": SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_") - {"output_stride"},
 }
 
 # %% ../nbs/00_settings.ipynb #cfaddacd

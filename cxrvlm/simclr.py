@@ -105,13 +105,13 @@ class SimCLRObjective(Objective):
 
 # %% ../nbs/11_simclr.ipynb #26bdd483
 def build_objective(
-    settings: Settings,  # its image_encoder, image_weights, simclr_head and simclr_tau
+    settings: Settings,  # its image_encoder, output_stride, image_weights, simclr_head and simclr_tau
     seed: int,  # of all weights that start at random
 ) -> SimCLRObjective:
     "The objective at its starting point."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights"))
-        encoder = ImageEncoder(settings.image_encoder, settings.embed_dim, settings.image_size)
+        encoder = ImageEncoder(settings.image_encoder, settings.embed_dim, settings.image_size, settings.output_stride)
     load_backbone(encoder, settings.image_encoder, settings.image_weights, settings.weights)
     return SimCLRObjective(encoder, settings.simclr_head, settings.simclr_tau, seed)
 

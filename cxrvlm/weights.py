@@ -81,7 +81,7 @@ def locate(
     )
 
 # %% ../nbs/06a_weights.ipynb #8dbb68b8
-FILES = ["config.json", "*.txt", "tokenizer*.json", "special_tokens_map.json"]  # BERT's shape and vocabulary
+FILES = ["config.json", "1_Pooling/config.json", "*.txt", "tokenizer*.json", "special_tokens_map.json"]  # BERT's shape, pooling and vocabulary
 WEIGHTS = ("open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin")  # the first that is there: open_clip's has both towers of CLIP
 
 def fetch(
