@@ -94,15 +94,15 @@ def feature_width(
 class ImageEncoder(nn.Module):
     "Radiographs -> regions and a pooled vector."
 
-    def __init__(self, name: str, embed_dim: int, image_size: int = 224, output_stride: int = 0):
+    def __init__(self, name: str, embed_dim: int, image_size: int = 224, output_stride: int = 0, mean=(), std=()):
         super().__init__()
         self.backbone = build_backbone(name, image_size, output_stride).to(memory_format=torch.channels_last)  # faster convolutions
         width = feature_width(self.backbone, name, image_size)
         self.backbone.train()
         self.to_pooled = nn.Linear(width, embed_dim)
         self.to_local = nn.Linear(width, embed_dim)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean or [0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std or [0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def features(
         self,
@@ -225,13 +225,15 @@ class DualEncoder(nn.Module, PyTorchModelHubMixin):
         special_ids: list[int],  # ids of the tokens that are no words, [CLS], [SEP], [PAD]
         image_size: int = 224,  # pixels; only CLIP and backbones that are made for one size depend on it
         output_stride: int = 0,  # as in `build_backbone`; CLIP has its own
+        mean: list[float] = (),  # of the three channels of a pixel, where the weights were not trained with ImageNet's; CLIP has its own
+        std: list[float] = (),
     ):
         super().__init__()
         if image_encoder == "clip":
             clip = build_clip(image_size)
             self.image_encoder, self.text_encoder = ClipImageEncoder(clip.visual), ClipTextEncoder(clip, special_ids)
         else:
-            self.image_encoder = ImageEncoder(image_encoder, embed_dim, image_size, output_stride)
+            self.image_encoder = ImageEncoder(image_encoder, embed_dim, image_size, output_stride, mean, std)
             self.text_encoder = TextEncoder(BertConfig(**text_config), embed_dim, special_ids)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 

@@ -45,14 +45,15 @@ class Checked(BaseModel, frozen=True, extra="forbid"):
 # %% ../nbs/00_settings.ipynb #bb4e3765
 class DataSettings(Checked):
     "Where the image-report pairs come from (paper section 3 and appendix A)."
-    source: Literal["openi", "phantom", "mimic", "table"]  # who provides the studies
+    source: Literal["openi", "phantom", "mimic", "table", "medpix"]  # who provides the studies
     data: str  # the folder of the source's files, or the table; empty: draw phantoms
     pairs: Count  # how many pairs to make up, for source = phantom
     views: Literal["first", "all"]  # of a MIMIC study: the first frontal image, or a pair for each (DECISIONS S3)
     restricted: Literal["auto", "yes", "no"]  # may reports and pictures be shown? auto: as the source has it
-    split: Literal["patient", "folder", "official", "column"]  # seeded by patient, by MIMIC's folders, its file, or the table's column
-    split_seed: Count  # draws the split by patient; one for all runs, so that they share a test set
+    split: Literal["patient", "folds", "folder", "official", "column"]  # seeded by patient, in five folds, by MIMIC's folders, the authors' files, or the table's column
+    split_seed: Count  # draws the split, or the folds, by patient; one for all runs, so that they share a test set or five
     image_size: Annotated[int, Field(ge=32)]  # side of the square image, pixels
+    crop: Annotated[tuple[Share, ...], BeforeValidator(words)] = ()  # of the height, cut off at the top and at the bottom; empty: what the source needs
     root: str = ""  # of a table: the folder that its images' paths start from; empty: the table's own
     encoding: Annotated[str, Field(min_length=1)] = "utf-8-sig"  # of a table that is a CSV; this is UTF-8 with or without a mark
     split_sizes: Sizes = ()  # pairs for training, validation and test, for split = patient; empty: 80, 10 and 10% of the patients
@@ -226,7 +227,14 @@ class Settings(
             raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
         if self.batchnorm_images == 1:
             raise ValueError("batchnorm_images = 1: one image has no spread; use 0, or 2 and more")
-        splits = {"mimic": ["folder", "official"], "table": ["patient", "column"]}.get(self.source, ["patient"])
+        if list(self.fractions) != sorted(set(self.fractions)):
+            raise ValueError(f"fractions = {self.fractions}: must rise")
+        return self
+
+    @model_validator(mode="after")
+    def suits_its_source(self):
+        own = {"mimic": ["folder", "official"], "table": ["patient", "column"], "medpix": ["patient", "official"]}
+        splits = [*own.get(self.source, ["patient"]), "folds"]
         if self.split not in splits:
             raise ValueError(f"split = {self.split}: {' or '.join(splits)} for source = {self.source}")
         if self.unpaired and self.source != "phantom":
@@ -235,12 +243,16 @@ class Settings(
             raise ValueError("split_sizes: three numbers, for training, validation and test, and only for split = patient; or leave it empty")
         if self.source == "phantom" and self.split_sizes and sum(self.split_sizes) != self.pairs:
             raise ValueError(f"split_sizes: they add up to {sum(self.split_sizes)}, and pairs = {self.pairs}; make them equal")
-        if self.source == "mimic" and self.restricted == "no":
-            raise ValueError("restricted = no: the licence of MIMIC-CXR forbids to share its reports and images; use auto")
-        if self.source in ("mimic", "table") and not self.data:
-            raise ValueError(f"data is empty: source = {self.source} needs the path of its {'folder' if self.source == 'mimic' else 'file'}")
-        if list(self.fractions) != sorted(set(self.fractions)):
-            raise ValueError(f"fractions = {self.fractions}: must rise")
+        if self.split == "folds" and max(self.seeds) > 4:
+            raise ValueError(f"seeds = {max(self.seeds)}: with split = folds a seed is the number of a fold, 0 to 4")
+        if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
+            raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
+        closed = {"mimic": "the licence of MIMIC-CXR forbids to share its reports and images",
+                  "medpix": "the contributors of MedPix have not allowed to share its captions and images"}
+        if self.source in closed and self.restricted == "no":
+            raise ValueError(f"restricted = no: {closed[self.source]}; use auto")
+        if self.source in ("mimic", "table", "medpix") and not self.data:
+            raise ValueError(f"data is empty: source = {self.source} needs the path of its {'file' if self.source == 'table' else 'folder'}")
         return self
 
 # %% ../nbs/00_settings.ipynb #9aab1bc3

@@ -28,6 +28,7 @@ from .losses import nt_xent
 from .settings import Settings
 from .studies import seed_from
 from .training import write_atomically
+from .weights import pixel_statistics
 
 # %% ../nbs/11_simclr.ipynb #73b7ae1d
 class ImageViews(Dataset):
@@ -111,7 +112,8 @@ def build_objective(
     "The objective at its starting point."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights"))
-        encoder = ImageEncoder(settings.image_encoder, settings.embed_dim, settings.image_size, settings.output_stride)
+        shape = settings.image_encoder, settings.embed_dim, settings.image_size, settings.output_stride
+        encoder = ImageEncoder(*shape, *pixel_statistics(settings.image_encoder))
     load_backbone(encoder, settings.image_encoder, settings.image_weights, settings.weights)
     return SimCLRObjective(encoder, settings.simclr_head, settings.simclr_tau, seed)
 
