@@ -6,6 +6,7 @@
 __all__ = ['LEVEL', 'Estimate', 'variance_components', 'standard_error', 'estimate', 'clustered']
 
 # %% ../nbs/15b_intervals.ipynb #3434adaf
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +31,7 @@ class Estimate(NamedTuple):
 
     def chance(self) -> float:
         "How often means would come out as high as this one, or higher, if the truth were 0; NaN for one run."
-        ratio = np.divide(self.value, self.error) if self.error else math.inf * np.sign(self.value)
-        return float(stats.t.sf(ratio, self.runs - 1)) if self.runs > 1 else math.nan
+        return float(stats.t.sf(self.value / max(self.error, 1e-300), self.runs - 1)) if self.runs > 1 else math.nan
 
 # %% ../nbs/15b_intervals.ipynb #31778fa1
 def variance_components(
