@@ -121,6 +121,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cxrvlm.claims.multipliers': ('claims.html#multipliers', 'cxrvlm/claims.py'),
                                'cxrvlm.claims.neighbours_alone': ('claims.html#neighbours_alone', 'cxrvlm/claims.py'),
                                'cxrvlm.claims.noted': ('claims.html#noted', 'cxrvlm/claims.py'),
+                               'cxrvlm.claims.null_or_untested': ('claims.html#null_or_untested', 'cxrvlm/claims.py'),
                                'cxrvlm.claims.ours_beats_clip': ('claims.html#ours_beats_clip', 'cxrvlm/claims.py'),
                                'cxrvlm.claims.paper_evidence': ('claims.html#paper_evidence', 'cxrvlm/claims.py'),
                                'cxrvlm.claims.part': ('claims.html#part', 'cxrvlm/claims.py'),

@@ -13,7 +13,7 @@ __all__ = ['ERROR', 'SMALL', 'ENOUGH', 'CHANCE', 'TEN', 'MARGIN', 'NULL_SHARE', 
            'views_alone', 'neighbours_alone', 'share_reached', 'ten_percent_over', 'ten_percent',
            'ten_percent_above_chance', 'ours_beats_clip', 'ten_times', 'probe_carries', 'probe_example',
            'zero_shot_clip', 'zero_shot_biovil', 'full_data', 'pool', 'noted', 'judge', 'claims_table',
-           'claims_markdown']
+           'claims_markdown', 'null_or_untested']
 
 # %% ../nbs/17a_claims.ipynb #1af472f7
 import math
@@ -215,6 +215,8 @@ def part(evidence: Evidence, question: Question) -> dict:
     shown = text(value)
     if known and {text(low), text(high)} != {shown}:
         shown += f" ({'rounding: ' * evidence.printed}{text(low)} to {text(high)})"
+    if found.runs == 1 and not evidence.printed:
+        shown += " (single run)"
     luck = chances(evidence, found, question.weights)
     return dict(zip(PARTS, (question.what, question.fraction, value, low, high, shown, found.runs, *luck), strict=True))
 
@@ -627,3 +629,25 @@ def claims_markdown(
     for source in dict.fromkeys(table.source):
         columns[source] = [cell(row) for row in table[table.source == source].set_index("claim").loc[order].itertuples()]
     return markdown(columns)
+
+# %% ../nbs/17a_claims.ipynb #98ac75a7
+def null_or_untested(
+    pooled: Estimate,  # the effect over all sizes
+    doubling: Estimate,  # what the baseline gains from twice the pairs, pooled alike
+    gates: dict[str, Estimate],  # above 0: passed; one at least
+    controls: dict[str, Estimate],  # above 0: gained; one at least
+    remedies: dict[str, Estimate],  # what each adds to the effect
+) -> tuple[str, list[str]]:  # "null" or "could not be tested here"; the reasons
+    "Is an effect that was not seen absent?"
+    above = lambda found: found.interval()[0] > 0  # noqa: E731  # NaN is not
+    reasons = [f"the gate {name} did not pass" for name, found in gates.items() if not above(found)]
+    reasons += [f"the positive control {name} did not gain" for name, found in controls.items() if not above(found)]
+    reasons += [f"the remedy {name} helped" for name, found in remedies.items() if above(found)]
+    tried = sum(found.interval()[0] <= 0 for found in remedies.values())
+    reasons += [f"no {kind} was measured" for kind, known in (("gate", gates), ("positive control", controls)) if not known]
+    reasons += [f"{tried} remedies were tried and did not help, of {REMEDIES} needed"] if tried < REMEDIES else []
+    room = NULL_SHARE * doubling.value if above(doubling) else 0.0
+    if not max(map(abs, pooled.interval())) <= room:
+        low, high = pooled.interval()
+        reasons.append(f"the pooled effect, {low:+.3f} to {high:+.3f}, is not within {room:.3f}, a quarter of what doubling the pairs brings")
+    return ("could not be tested here", reasons) if reasons else ("null", [])
