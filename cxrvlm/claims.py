@@ -552,20 +552,18 @@ def full_data(evidence):
 
 # %% ../nbs/17a_claims.ipynb #a558c213
 def pool(
-    evidence: Evidence,
     asked: list[Question],
-) -> pd.DataFrame:  # what, value, low, high, shown; a row for each comparison with several sizes
-    "The mean over the sizes of each comparison."
-    rows = []
+) -> list[Question]:  # one for each comparison with several sizes
+    "The mean over the sizes of each comparison, as a question of its own."
+    pooled = []
     for what in dict.fromkeys(question.what for question in asked):
-        same = [question for question in asked if question.what == what]
-        weights: dict[Cell, float] = {}
+        same, weights = [question for question in asked if question.what == what], {}
         for question in same:
             weights |= {cell: weights.get(cell, 0) + weight / len(same) for cell, weight in question.weights.items()}
         if len(same) > 1:
             constant = sum(question.constant for question in same) / len(same)
-            rows.append(part(evidence, Question(same[0].pooled or what, np.nan, weights, constant)))
-    return pd.DataFrame(rows, columns=PARTS)
+            pooled.append(Question(same[0].pooled or what, np.nan, weights, constant))
+    return pooled
 
 # %% ../nbs/17a_claims.ipynb #8db323f0
 def noted(
@@ -590,7 +588,7 @@ def judge(
     row = {"claim": claim.text, "where": claim.where, "statistic": claim.statistic, "source": evidence.name}
     try:
         asked = claim.test(evidence)
-        parts, pooled = pd.DataFrame([part(evidence, question) for question in asked]), pool(evidence, asked)
+        parts, pooled = (pd.DataFrame([part(evidence, each) for each in group], columns=PARTS) for group in (asked, pool(asked)))
     except Untested as reason:
         return row | {"verdict": "not tested", "value": "", "pooled": "", "note": str(reason)}, pd.DataFrame(columns=PARTS)
     word = verdict(parts, claim.exceptions)
@@ -621,7 +619,7 @@ def claims_markdown(
     "A Markdown table with a column of verdicts for each source."
     def cell(row):
         pooled = f"; over all sizes {row.pooled}" if row.pooled else ""
-        slips = "".join(f". *{note.capitalize()}*" for note in row.note.split("; ") if note.startswith("slip: "))
+        slips = "".join(f". *S{note[1:]}*" for note in row.note.split("; ") if note.startswith("slip: "))
         return f"**{row.verdict}**. {row.value}{pooled}{slips}" if row.value else row.verdict
 
     order = list(dict.fromkeys(table.claim))

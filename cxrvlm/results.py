@@ -438,12 +438,17 @@ def multiplier_interval(
     used: float,  # the fraction that the other arm used
 ) -> tuple[float, float]:  # low and high, as `data_multiplier`; NaN if the lead's are
     "The data multipliers that the runs allow."
-    x = np.geomspace(fractions[0], fractions[-1], 301) / used
+    x = np.geomspace(fractions[0], fractions[-1], 101) / used
     low, high = np.array([lead(each) for each in x]).T
     if np.isnan(low).any():
         return math.nan, math.nan
-    least = 0.0 if low[0] <= 0 else next(iter(x[low <= 0]), math.inf)
-    return least, math.inf if high[-1] >= 0 else next(iter(x[high >= 0][::-1]), 0.0)
+
+    def crossing(end, i):
+        return x[i - 1] + (x[i] - x[i - 1]) * end[i - 1] / (end[i - 1] - end[i])
+
+    least = 0.0 if low[0] <= 0 else math.inf if low.min() > 0 else crossing(low, np.argmax(low <= 0))
+    most = math.inf if high[-1] >= 0 else 0.0 if high.max() < 0 else crossing(high, len(x) - np.argmax(high[::-1] >= 0))
+    return float(least), float(most)
 
 # %% ../nbs/17_results.ipynb #001fdd56
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B59F00")
