@@ -15,7 +15,7 @@ from cxrvlm.settings import SettingsError, digest, load_arm, load_settings, repl
 from cxrvlm.studies import FOLDS, SPLITS, StudiesError, patients_on_two_sides, split_by_fold
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "workflow/gpu"))
-from sweep import EXPERIMENTS, execute  # noqa: E402
+from sweep import EXPERIMENTS, execute
 
 SECRET = "zyzzyva quokka"  # stands in every caption, and may stand in no message
 DESCRIPTIONS, TOPICS = "Descriptions.json", "Case_topic.json"
