@@ -381,7 +381,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cxrvlm.grounding.finding_masks': ('grounding.html#finding_masks', 'cxrvlm/grounding.py'),
                                   'cxrvlm.grounding.ground': ('grounding.html#ground', 'cxrvlm/grounding.py'),
                                   'cxrvlm.grounding.ground_table': ('grounding.html#ground_table', 'cxrvlm/grounding.py'),
-                                  'cxrvlm.grounding.interval': ('grounding.html#interval', 'cxrvlm/grounding.py'),
                                   'cxrvlm.grounding.iou_at_area': ('grounding.html#iou_at_area', 'cxrvlm/grounding.py'),
                                   'cxrvlm.grounding.map_scores': ('grounding.html#map_scores', 'cxrvlm/grounding.py'),
                                   'cxrvlm.grounding.most_attended': ('grounding.html#most_attended', 'cxrvlm/grounding.py'),
