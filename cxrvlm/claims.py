@@ -99,8 +99,9 @@ def sweep_evidence(
         means = downstream[downstream.label == "mean"].assign(matching="global")
         rows.append(means.rename(columns={"task": "measure", "balanced_accuracy": "value"})[[*INDEX, "value"]])
     values = pd.concat(rows, ignore_index=True).replace({"arm": ALIASES}).dropna(subset="value")
-    known = placements is not None and len(placements) and not folds
-    shares = patient_shares(placements.replace({"arm": ALIASES}) if known else None, measure)
+    shares = patient_shares(None if folds else placements, measure)
+    if len(shares):
+        shares = shares.rename(index=ALIASES, level="arm").loc[lambda table: ~table.index.duplicated()]
     return Evidence(name, values.drop_duplicates(INDEX).set_index(INDEX).value.sort_index(), shares, folds)
 
 def read_evidence(
