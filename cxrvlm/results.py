@@ -331,8 +331,8 @@ def placement_table(
     settings: Settings,  # tau2, tau3 and length_norm
     path: Path | None = None,  # as in `all_metrics`: similarities that are there are not computed again
     device: str | torch.device = "cpu",
-    reports: Sequence[str] | None = None,  # the N reports, for `value_masked`
-) -> pd.DataFrame:  # patient_id, matching, value, and value_masked unless all reports are equal; one row for each matching and pair
+    reports: Sequence[str] | None = None,  # the N reports, for `auroc_masked`
+) -> pd.DataFrame:  # patient_id, matching, value, and auroc_masked unless all reports are equal; one row for each matching and pair
     "What each test pair contributes to AUROC, by every matching of a run."
     parts, groups = [], None if reports is None else group_ids(reports, len(patients))
     for matching in matchings:
@@ -343,7 +343,7 @@ def placement_table(
             scores = partial(lambda Z, a, b: Z[a:b], Z)
         values = {"value": placements(scores, len(patients))}
         if groups is not None and groups.unique().numel() > 1:
-            values["value_masked"] = placements(scores, len(patients), groups)
+            values["auroc_masked"] = placements(scores, len(patients), groups)
         parts.append(pd.DataFrame({"patient_id": list(patients), "matching": matching} | values))
     return pd.concat(parts, ignore_index=True)
 
@@ -414,7 +414,7 @@ def patient_sums(
     measure: str = "auroc",  # or auroc_masked
 ) -> tuple[pd.DataFrame, pd.Series]:  # of each run (rows) and patient (columns); reports of each patient
     "The contributions of each patient's reports, added up, run by run."
-    keys, column = ["arm", "matching", "fraction", "seed"], {"auroc": "value", "auroc_masked": "value_masked"}[measure]
+    keys, column = ["arm", "matching", "fraction", "seed"], "value" if measure == "auroc" else measure
     if column not in table or table[column].isna().any():
         raise ValueError(f"placements: some runs have no {column}, which {measure} needs: evaluate them again")
     groups = table.groupby([*keys, "patient_id"])[column]
