@@ -29,7 +29,7 @@ from cxrvlm.studies import (
 from prepared import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow/gpu"))
-from sweep import EXPERIMENTS, execute  # noqa: E402
+from sweep import EXPERIMENTS, execute
 
 SIZES = {"train": 40, "validation": 8, "test": 12}
 TINY = replace(load_settings("smoke"), pairs=60, split_sizes=tuple(SIZES.values()), unpaired=30, pair_text="findings_impression")
