@@ -27,8 +27,8 @@ import pandas as pd
 
 from .intervals import Estimate, estimate
 from cxrvlm.results import (
-    between_sizes, by_matching, count_folds, data_multiplier, markdown, multiplier_interval, multiplier_text, only_preset,
-    patient_shares, read_beside, read_results, weighted_shares,
+    between_sizes, by_matching, count_folds, data_multiplier, markdown, measure_of, multiplier_interval, multiplier_text,
+    only_preset, patient_shares, read_beside, read_results, weighted_shares,
 )
 from .settings import from_root
 
@@ -92,10 +92,10 @@ def sweep_evidence(
     runs: pd.DataFrame,  # from `read_results`
     placements: pd.DataFrame | None = None,  # from `read_beside(..., "placements.csv")`
     downstream: pd.DataFrame | None = None,  # from `read_beside(..., "downstream.csv")`
-    measure: str = "auroc",  # a column of the runs
+    measure: str | None = None,  # a column of the runs; None: the measure of their preset
 ) -> Evidence:
     "What a sweep of one preset has to say."
-    name, folds, retrieved = only_preset(runs), count_folds(runs), by_matching(runs)
+    name, measure, folds, retrieved = only_preset(runs), measure or measure_of(runs), count_folds(runs), by_matching(runs)
     if measure not in retrieved:
         raise ValueError(f"the runs of {name} have no column {measure!r}: evaluate them again, or choose another measure")
     rows = [retrieved.assign(measure="retrieval", value=retrieved[measure])[[*INDEX, "value"]]]
@@ -110,7 +110,7 @@ def sweep_evidence(
 
 def read_evidence(
     root: str | Path,  # as for `read_results`
-    measure: str = "auroc",  # a column of the runs
+    measure: str | None = None,  # a column of the runs; None: the measure of their preset
 ) -> Evidence:
     "The evidence of a preset, with whatever lies beside its runs."
     beside = [read_beside(root, name) for name in ("placements.csv", "downstream.csv")]

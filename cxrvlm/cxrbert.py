@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import BatchEncoding, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from .caching import Objective
+from .encoders import pool_tokens
 from .losses import contrastive_loss, global_similarity
 from .packing import last_hidden_states
 from .retrieval import retrieval_metrics
@@ -105,7 +106,7 @@ def collate(
 
 # %% ../nbs/12_cxrbert.ipynb #3cfa8820
 class RSMHead(nn.Module):
-    "CXR-BERT's projection of [CLS]."
+    "CXR-BERT's projection of a report's vector."
 
     def __init__(self, hidden: int, size: int):
         super().__init__()
@@ -115,9 +116,9 @@ class RSMHead(nn.Module):
 
     def forward(
         self,
-        cls: torch.Tensor,  # [B, hidden]
+        pooled: torch.Tensor,  # [B, hidden]
     ) -> torch.Tensor:  # [B, size]
-        return self.dense_to_output(self.LayerNorm(F.gelu(self.dense_to_hidden(cls))))
+        return self.dense_to_output(self.LayerNorm(F.gelu(self.dense_to_hidden(pooled))))
 
 # %% ../nbs/12_cxrbert.ipynb #4b4ed677
 def build_head(
@@ -175,7 +176,7 @@ class TextAdaptationObjective(Objective):
         if self.mlm:
             terms["mlm"] = self.mlm * masked_lm_loss(self.masked_lm.cls, hidden, batch["labels"])
         if self.rsm:
-            findings, impressions = self.head(hidden[:, 0]).chunk(2)
+            findings, impressions = self.head(pool_tokens(hidden, batch["tokens"], self.masked_lm.config)).chunk(2)
             terms["rsm"] = self.rsm * contrastive_loss(global_similarity(findings, impressions), self.tau)
         return terms
 
@@ -252,14 +253,14 @@ def embed_sections(
     texts: Sequence[str],  # N sections
     max_tokens: int,  # as in training
     batch_size: int = 64,
-) -> torch.Tensor:  # [N, hidden] the [CLS] vectors, float32 on the CPU
+) -> torch.Tensor:  # [N, hidden] pooled as in training, float32 on the CPU
     "Embed texts; equal ones equally."
     masked_lm.eval()
     different = list(dict.fromkeys(texts))
     vectors = []
     for start in range(0, len(different), batch_size):
         tokens = tokenize(tokenizer, different[start : start + batch_size], max_tokens).to(masked_lm.device)
-        vectors.append(last_hidden_states(masked_lm.bert, tokens)[:, 0].float().cpu())
+        vectors.append(pool_tokens(last_hidden_states(masked_lm.bert, tokens), tokens, masked_lm.config).float().cpu())
     place = {text: row for row, text in enumerate(different)}
     return torch.cat(vectors)[[place[text] for text in texts]]
 
@@ -269,7 +270,7 @@ def match_sections(
     tokenizer: PreTrainedTokenizerBase,
     studies: pd.DataFrame,  # N of them, at least 2, with both sections
     max_tokens: int,  # as in training
-) -> dict[str, float]:  # auroc, auroc_dedup, recall@1, @5, @10, median_rank
+) -> dict[str, float]:  # auroc, auroc_dedup, auroc_masked, recall@1, @5, @10, median_rank
     "How well findings find their impression."
     texts = [studies[section].tolist() for section in ("findings", "impression")]
     metrics = retrieval_metrics(*(embed_sections(masked_lm, tokenizer, text, max_tokens) for text in texts), texts[1])
@@ -282,7 +283,7 @@ def match_chance(
 ) -> dict[str, float]:  # as `match_sections`
     "The same for someone who ranks at random."
     recall = {f"recall@{k}": min(1.0, k / n) for k in ks}
-    return {"auroc": 0.5, "auroc_dedup": 0.5} | recall | {"median_rank": (n + 1) / 2}
+    return {"auroc": 0.5, "auroc_dedup": 0.5, "auroc_masked": 0.5} | recall | {"median_rank": (n + 1) / 2}
 
 # %% ../nbs/12_cxrbert.ipynb #de8da718
 def text_metrics(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'FORMAT', 'STATE', 'CHUNK', 'MANY', 'ImageError', 'UnclearError', 'open_with_pillow', 'why_not', 'decode',
-           'to_gray', 'to_square', 'read_image', 'drawing', 'edition', 'content_fingerprint', 'look', 'file_states',
-           'seen_before', 'reserve', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill', 'ImageStore',
-           'carry_over', 'changed_files', 'due', 'bring_up_to_date', 'to_float']
+           'to_gray', 'to_square', 'cut_strips', 'read_image', 'drawing', 'edition', 'content_fingerprint', 'look',
+           'file_states', 'seen_before', 'reserve', 'prepare', 'seal', 'attempt', 'end_with', 'note', 'fill',
+           'ImageStore', 'carry_over', 'changed_files', 'due', 'bring_up_to_date', 'to_float']
 
 # %% ../nbs/06_images.ipynb #a0e27f43
 import errno
@@ -140,16 +140,28 @@ def to_square(
     square = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(square).round().clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/06_images.ipynb #555ce81f
+def cut_strips(
+    image: Image.Image,
+    crop: tuple[float, float],  # shares of the height, of the top and of the bottom
+) -> Image.Image:
+    "The image without its burned-in strips."
+    top, bottom = (round(share * image.height) for share in crop)
+    if top + bottom >= image.height:
+        raise ValueError(f"crop = {crop} leaves nothing of its {image.height} rows; cut less")
+    return image.crop((0, top, image.width, image.height - bottom)) if top or bottom else image
+
 # %% ../nbs/06_images.ipynb #fe00a3cd
 def read_image(
     ref: str | Path,  # a file, or a phantom reference
     size: int,  # side in pixels
     root: Path | None = None,  # folder that relative paths start from
+    crop: tuple[float, float] = (0, 0),  # shares of a file's height that are cut off at the top and at the bottom
 ) -> np.ndarray:  # uint8 [size, size]
     "One image as a gray square; `ImageError` says which one cannot be used, and why."
     name = ref if is_phantom(ref) else Path(root or ".") / ref
     try:
-        return render_reference(ref, size) if is_phantom(ref) else to_square(to_gray(decode(name)), size)
+        return render_reference(ref, size) if is_phantom(ref) else to_square(to_gray(cut_strips(decode(name), crop)), size)
     except ValueError as error:
         raise ImageError(name, str(error)) from None
 
@@ -166,18 +178,19 @@ def drawing() -> str:  # 8 hexadecimal digits
 
 def edition(
     refs: list[str],  # files and phantom references
-) -> str:  # e.g. "v1" for files, "v1-0f3a9c2e" where phantoms are among them
-    "Which code makes the pixels: a change of the drawing must not meet the phantoms of yesterday."
-    if not any(map(is_phantom, refs)):
-        return f"v{FORMAT}"
-    return f"v{FORMAT}-{drawing()}"
+    crop: tuple[float, float] = (0, 0),  # as for `read_image`
+) -> str:  # e.g. "v1" for files, "v1-0f3a9c2e" where phantoms are among them, "v1-crop0.07-0.08" where strips are cut off
+    "Which code makes the pixels, and of which part of a file: other pixels must not be met under the same name."
+    parts = [f"v{FORMAT}", *[drawing()] * any(map(is_phantom, refs)), *[f"crop{crop[0]:g}-{crop[1]:g}"] * any(crop)]
+    return "-".join(parts)
 
 def content_fingerprint(
     refs: list[str],  # files and phantom references
     size: int,  # side in pixels
+    crop: tuple[float, float] = (0, 0),  # as for `read_image`
 ) -> str:  # sha256, hexadecimal
     "A digest of what a store holds."
-    return hashlib.sha256(json.dumps([edition(refs), size, sorted(set(refs))]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([edition(refs, crop), size, sorted(set(refs))]).encode()).hexdigest()
 
 # %% ../nbs/06_images.ipynb #564a5072
 STATE = np.dtype([("size", "i8"), ("time", "i8"), ("sha", "u1", 32)])  # of a file: bytes (-1: no file), nanoseconds, sha256
@@ -253,9 +266,10 @@ def seal(
     refs: list[str],  # one for each row
     size: int,  # side in pixels
     failed: dict[str, str],  # reference -> reason
+    crop: tuple[float, float],  # as for `read_image`
 ) -> None:
     "Declare a store finished."
-    index = {"fingerprint": content_fingerprint(refs, size), "size": size, "failed": failed, "refs": refs}
+    index = {"fingerprint": content_fingerprint(refs, size, crop), "size": size, "failed": failed, "refs": refs, "crop": crop}
     text, path = json.dumps(index, indent=1), folder / "index.json"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         (folder / "index.tmp").write_text(text, encoding="utf-8")
@@ -267,11 +281,12 @@ def attempt(
     ref: str,  # a file or phantom reference
     size: int,  # side in pixels
     root: Path | None,  # folder that relative paths start from
+    crop: tuple[float, float],  # as for `read_image`
 ) -> tuple[int, np.ndarray | str, tuple]:  # the row, its pixels or the reason for having none, and its file's STATE
     "Read an image in a worker process."
     before = look(ref, root)  # a file that changes while it is read will look changed
     try:
-        pixels, sha = read_image(ref, size, root), bytes(32)
+        pixels, sha = read_image(ref, size, root, crop), bytes(32)
         if not is_phantom(ref):
             with open(os.path.join(root or "", ref), "rb") as file:
                 sha = hashlib.file_digest(file, "sha256").digest()
@@ -315,6 +330,7 @@ def fill(
     refs: list[str],  # the N references
     root: Path | None,  # folder that relative paths start from
     workers: int,  # processes; 0 and 1: this one
+    crop: tuple[float, float],  # as for `read_image`
 ) -> dict[str, str]:  # reference -> reason, of those that cannot be read
     "Decode every row that is not done."
     todo = np.flatnonzero(~done).tolist()
@@ -323,7 +339,7 @@ def fill(
         processes, return_as="generator_unordered", idle_worker_timeout=30,  # seconds; joblib's default is 300
         initializer=end_with, initargs=(os.getpid(),),
     )
-    results = pool(delayed(attempt)(row, refs[row], pixels.shape[1], root) for row in todo)
+    results = pool(delayed(attempt)(row, refs[row], pixels.shape[1], root, crop) for row in todo)
     if len(todo) >= MANY:
         results = tqdm(results, total=len(todo), desc=f"images at {pixels.shape[1]} px", unit="image")
     failed, fresh = {}, []
@@ -349,6 +365,7 @@ class ImageStore:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self.folder, self.size, self.fingerprint = folder, index["size"], index["fingerprint"]
         self.reasons, self.seen = index["failed"], seen_before(folder, len(index["refs"]))
+        self.crop = tuple(index.get("crop", (0, 0)))
         self.rows = {ref: row for row, ref in enumerate(index["refs"]) if ref not in self.reasons}
         self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
 
@@ -359,8 +376,9 @@ class ImageStore:
 
     @property
     def contents(self) -> str:  # 16 hexadecimal digits; empty if there is no file among the images
-        "A digest of the files' bytes, in the order of their names."
-        return hashlib.sha256(self.seen["sha"].tobytes()).hexdigest()[:16] if (self.seen["size"] >= 0).any() else ""
+        "A digest of the files' bytes, in the order of their names, and of what is cut off."
+        cut = repr(self.crop).encode() if any(self.crop) else b""
+        return hashlib.sha256(self.seen["sha"].tobytes() + cut).hexdigest()[:16] if (self.seen["size"] >= 0).any() else ""
 
     def __len__(self):
         return len(self.rows)
@@ -436,6 +454,7 @@ def bring_up_to_date(
     root: Path | None,  # folder that relative paths start from
     workers: int,  # processes that decode
     again: bool,  # decode what is there, too
+    crop: tuple[float, float],  # as for `read_image`
 ) -> None:
     "Decode what is due, and seal the store."
     finished = (folder / "index.json").exists()
@@ -449,7 +468,7 @@ def bring_up_to_date(
     done[rows] = False
     if not finished:
         carry_over(folder, pixels, done, seen, refs, root)
-    seal(folder, refs, size, fill(pixels, done, seen, refs, root, workers))
+    seal(folder, refs, size, fill(pixels, done, seen, refs, root, workers, crop), crop)
 
 # %% ../nbs/06_images.ipynb #66aba1d6
 @patch(cls_method=True)
@@ -461,18 +480,19 @@ def build(
     root: Path | None = None,  # folder that relative paths start from
     workers: int = 2,  # processes that decode; 0 and 1: this one
     retry: bool = False,  # read every file again, also where size and time say that it is the same
+    crop: tuple[float, float] = (0, 0),  # shares of a file's height that are cut off at the top and at the bottom
 ) -> ImageStore:  # its `failed` names what could not be read
     "Decode every image once, and again when its file changes; go on where an earlier build was killed."
     refs = sorted({str(ref) for ref in refs})
     if not refs:
         raise ImageError(folder, "there are no images to store; check the studies table")
-    home = Path(folder) / f"{edition(refs)}-{size}px-{content_fingerprint(refs, size)[:12]}"
+    home = Path(folder) / f"{edition(refs, crop)}-{size}px-{content_fingerprint(refs, size, crop)[:12]}"
     if (home / "index.json").exists() and cls.open(home) and not retry and not len(due(home, refs, root)):
         return cls.open(home)
     home.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(home / ".lock"):
-            bring_up_to_date(home, refs, size, root, workers, retry)
+            bring_up_to_date(home, refs, size, root, workers, retry, crop)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

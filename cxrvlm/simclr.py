@@ -28,6 +28,7 @@ from .losses import nt_xent
 from .settings import Settings
 from .studies import seed_from
 from .training import write_atomically
+from .weights import pixel_statistics
 
 # %% ../nbs/11_simclr.ipynb #73b7ae1d
 class ImageViews(Dataset):
@@ -105,13 +106,14 @@ class SimCLRObjective(Objective):
 
 # %% ../nbs/11_simclr.ipynb #26bdd483
 def build_objective(
-    settings: Settings,  # its image_encoder, image_weights, simclr_head and simclr_tau
+    settings: Settings,  # its image_encoder, output_stride, image_weights, simclr_head and simclr_tau
     seed: int,  # of all weights that start at random
 ) -> SimCLRObjective:
     "The objective at its starting point."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights"))
-        encoder = ImageEncoder(settings.image_encoder, settings.embed_dim, settings.image_size)
+        shape = settings.image_encoder, settings.embed_dim, settings.image_size, settings.output_stride
+        encoder = ImageEncoder(*shape, *pixel_statistics(settings.image_encoder))
     load_backbone(encoder, settings.image_encoder, settings.image_weights, settings.weights)
     return SimCLRObjective(encoder, settings.simclr_head, settings.simclr_tau, seed)
 

@@ -12,6 +12,7 @@ from cxrvlm.settings import (
     Settings,
     SettingsError,
     digest,
+    in_arm,
     load_arm,
     load_settings,
     preset_names,
@@ -73,12 +74,12 @@ def test_an_unknown_key_is_named(tmp_path_factory, name):
         ("fractions", "0 1", "greater than 0"),
         ("fractions", "0.5 0.5", "must rise"),
         ("seeds", "-1", "greater than or equal to 0"),
-        ("source", "padchest", "'openi', 'phantom', 'mimic' or 'table'"),
+        ("source", "padchest", "'openi', 'phantom', 'mimic', 'table' or 'medpix'"),
         ("precision", "fp16", "'auto', 'float32' or 'bf16'"),
         ("vlm_noise_p", "1.5", "less than or equal to 1"),
         ("simclr_blur_sigma", "1 -3", "greater than 0"),
         ("pairs", "64", "0 for every other source"),
-        ("split", "folder", "patient for source = openi"),
+        ("split", "folder", "patient or folds for source = openi"),
         ("source", "table", "needs the path of its file"),
         ("restricted", "maybe", "'auto', 'yes' or 'no'"),
         ("prompts_positive", "remains visible", "pattern"),
@@ -86,6 +87,11 @@ def test_an_unknown_key_is_named(tmp_path_factory, name):
         ("bootstrap", "0", "greater than or equal to 1"),
         ("text_heads", "3", "no multiple"),
         ("image_encoder", "", "at least 1 character"),
+        ("unpaired", "5", "0 for source = openi"),
+        ("split_sizes", "8 1", "three numbers"),
+        ("split_sizes", "8 0 3", "greater than or equal to 1"),
+        ("pair_text", "findings", "'impression' or 'findings_impression'"),
+        ("measure", "auroc_dedup", "'auroc' or 'auroc_masked'"),
     ],
 )
 def test_an_impossible_value_is_refused(tmp_path, key, value, allowed):
@@ -96,8 +102,22 @@ def test_an_impossible_value_is_refused(tmp_path, key, value, allowed):
     assert key in message and allowed in message and "settings.ini" in message
 
 
+def test_sampled_pairs_are_split_into_as_many(tmp_path):
+    smoke = load_settings("smoke")
+    with pytest.raises(SettingsError, match="split_sizes: they add up to 12, and pairs = 64"):
+        replace(smoke, split_sizes="8 1 3")
+    assert replace(smoke, split_sizes="40 12 12").split_sizes == (40, 12, 12)
+
+
+def test_what_figures_show_is_in_no_digest():
+    demo, arm = load_settings("demo"), load_arm("ours")
+    assert digest(replace(demo, measure="auroc_masked"), arm) == digest(demo, arm)
+    for change in ({"pair_text": "findings_impression"}, {"split_sizes": "3000 400 420"}):
+        assert digest(replace(demo, **change), arm) != digest(demo, arm)
+
+
 def test_an_arm_is_checked_too(tmp_path):
-    for key, value, complaint in [("loss", "mse", "infonce"), ("alpha", "1.2", "less than or equal to 1"), ("tau", "1", "is no setting")]:
+    for key, value, complaint in [("loss", "mse", "infonce"), ("alpha", "1.2", "less than or equal to 1"), ("views", "all", "is no setting")]:
         path = write(tmp_path / "settings.ini", lambda p, k=key, v=value: p["arm baseline"].update({k: v}))
         with pytest.raises(SettingsError, match=complaint):
             load_arm("baseline", path)
@@ -175,3 +195,47 @@ def test_root_and_encoding_count_where_they_are_used():
     table = replace(demo, source="table", data="x.csv")
     assert digest(replace(demo, root="a", encoding="latin-1"), arm) == digest(demo, arm)
     assert digest(replace(table, root="a"), arm) != digest(table, arm) == digest(replace(table, root="", encoding="utf-8-sig"), arm)
+
+
+def add_sections(parser, **sections):
+    "Sections of presets and of arms, whose names begin with `arm_`."
+    for name, keys in sections.items():
+        parser[name.replace("arm_", "arm ").replace("_", "-")] = keys
+
+
+def test_a_preset_takes_over_what_its_base_says(tmp_path):
+    path = write(tmp_path / "settings.ini", lambda parser: add_sections(parser, mine={"base": "demo", "tau": "0.3"}, yours={"base": "mine", "seeds": "7"}))
+    demo, yours = load_settings("demo", path), load_settings("yours", path)
+    assert yours == replace(demo, preset="yours", tau=0.3, seeds=(7,)) != demo
+
+
+def test_an_arm_is_like_another_and_changes_settings_of_stage_2_only(tmp_path):
+    path = write(tmp_path / "settings.ini", lambda parser: add_sections(parser, arm_crop={"like": "ours", "declip_crop": "0.7", "tau": "0.3"}))
+    arm, ours, demo = load_arm("crop", path), load_arm("ours", path), load_settings("demo", path)
+    assert in_arm(demo, arm) == replace(demo, declip_crop=0.7, tau=0.3) and in_arm(demo, ours) == demo
+    assert arm.model_copy(update={"name": "ours", "changes": ()}) == ours
+    assert digest(demo, arm) == digest(in_arm(demo, arm), arm) != digest(demo, arm.model_copy(update={"changes": ()}))
+    for stage in ("simclr", "cxrbert"):  # shared by all arms
+        assert stage_digest(in_arm(demo, arm), stage) == stage_digest(demo, stage)
+
+
+@pytest.mark.parametrize(
+    "sections, complaint",
+    [
+        ({"mine": {"base": "nothing"}}, "[mine] base = nothing: there is no such section"),
+        ({"mine": {"base": "yours"}, "yours": {"base": "mine"}}, "[yours] base = mine: that section builds on this one"),
+        ({"mine": {"base": "demo", "tau": "-1"}}, "[mine] tau = -1: it should be greater than 0"),
+        ({"yours": {"base": "demo", "tau": "-1"}, "mine": {"base": "yours"}}, "[yours] tau = -1: it should be greater than 0"),
+        ({"arm_mine": {"like": "nobody"}}, "[arm mine] like = nobody: there is no such section"),
+        ({"arm_mine": {"like": "ours", "image_size": "64"}}, "[arm mine] image_size is no setting of an arm"),
+        ({"arm_mine": {"like": "ours", "tau": "-1"}}, "[arm mine] tau = -1: it should be greater than 0"),
+        ({"arm_mine": {"like": "ours", "tua": "1"}}, "[arm mine] tua is no setting"),
+    ],
+)
+def test_a_base_that_goes_wrong_is_named_with_its_section(tmp_path, sections, complaint):
+    path = write(tmp_path / "settings.ini", lambda parser: add_sections(parser, **sections))
+    with pytest.raises(SettingsError) as caught:
+        if "mine" in sections:
+            load_settings("mine", path)
+        in_arm(load_settings("demo", path), load_arm("mine", path))
+    assert complaint in str(caught.value)
