@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ERROR', 'SMALL', 'ENOUGH', 'CHANCE', 'TEN', 'MARGIN', 'NULL_SHARE', 'REMEDIES', 'SINGLE', 'ALIASES', 'FIXED', 'INDEX',
-           'PARTS', 'G', 'L', 'CLAIMS', 'EVERY', 'BALANCED', 'by_luck', 'verdict', 'Evidence', 'sweep_evidence',
-           'read_evidence', 'read_paper', 'paper_evidence', 'Untested', 'Cell', 'by_seed', 'stack', 'weigh', 'limits',
-           'chances', 'Question', 'part', 'listed', 'how_to_make', 'fractions_of', 'gains', 'more_when_small',
-           'read_multiplier', 'multipliers', 'has', 'clip_or_baseline', 'Claim', 'claim', 'image_start', 'text_start',
-           'image_pair', 'text_pair', 'image_adaptation', 'text_adaptation', 'both_adaptations', 'image_small',
-           'text_small', 'local_matching', 'combined_loss', 'declip_helps', 'declip_adds', 'unimodal_alone',
-           'views_alone', 'neighbours_alone', 'share_reached', 'ten_percent_over', 'ten_percent',
-           'ten_percent_above_chance', 'ours_beats_clip', 'ten_times', 'probe_carries', 'probe_example',
-           'zero_shot_clip', 'zero_shot_biovil', 'full_data', 'pool', 'noted', 'judge', 'claims_table',
-           'claims_markdown', 'null_or_untested']
+           'PARTS', 'G', 'L', 'CLAIMS', 'EVERY', 'BALANCED', 'by_luck', 'clear_answers', 'verdict', 'Evidence',
+           'sweep_evidence', 'read_evidence', 'read_paper', 'paper_evidence', 'Untested', 'Cell', 'by_seed', 'stack',
+           'weigh', 'limits', 'chances', 'Question', 'part', 'listed', 'how_to_make', 'fractions_of', 'gains',
+           'more_when_small', 'read_multiplier', 'multipliers', 'has', 'clip_or_baseline', 'Claim', 'claim',
+           'image_start', 'text_start', 'image_pair', 'text_pair', 'image_adaptation', 'text_adaptation',
+           'both_adaptations', 'image_small', 'text_small', 'local_matching', 'combined_loss', 'declip_helps',
+           'declip_adds', 'unimodal_alone', 'views_alone', 'neighbours_alone', 'share_reached', 'ten_percent_over',
+           'ten_percent', 'ten_percent_above_chance', 'ours_beats_clip', 'ten_times', 'probe_carries', 'probe_example',
+           'zero_shot_clip', 'zero_shot_biovil', 'full_data', 'pool', 'noted', 'slips_of', 'deciding', 'judge',
+           'claims_table', 'claims_markdown', 'null_or_untested']
 
 # %% ../nbs/17a_claims.ipynb #1af472f7
 import math
@@ -27,8 +27,8 @@ import pandas as pd
 
 from .intervals import Estimate, estimate
 from cxrvlm.results import (
-    between_sizes, by_matching, count_folds, data_multiplier, markdown, measure_of, multiplier_interval, multiplier_text, only_preset,
-    patient_shares, read_beside, read_results, weighted_shares,
+    between_sizes, by_matching, count_folds, data_multiplier, markdown, measure_of, multiplier_interval, multiplier_text,
+    only_preset, patient_shares, read_beside, read_results, weighted_shares,
 )
 from .settings import from_root
 
@@ -53,20 +53,24 @@ def by_luck(
 # %% ../nbs/17a_claims.ipynb #c5387351
 SINGLE = {"supported": "single run: for", "contradicted": "single run: against", "undecided": "single run: open"}
 
+def clear_answers(
+    parts: pd.DataFrame,  # p_for, p_against and seeds of each question
+) -> pd.DataFrame:  # the chances
+    "The answers that count: a single run says nothing beside questions that have several."
+    return parts[["p_for", "p_against"]].where((parts.seeds == 1).all() | (parts.seeds > 1), 1)
+
 def verdict(
     parts: pd.DataFrame,  # what, p_for, p_against and seeds of each question
     exceptions: int = 0,  # sizes that may fail in each comparison, of three or more
 ) -> str:
     "What the answers say about a claim."
-    single = (parts.seeds == 1).all()
-    chances = parts[["p_for", "p_against"]].where(single | (parts.seeds > 1), 1)
     yes, no, comparisons = [], [], parts.what.nunique()
-    for _, rows in chances.groupby(parts.what):
+    for _, rows in clear_answers(parts).groupby(parts.what):
         allowed = min(exceptions, (len(rows) - 1) // 2)
         yes.append(by_luck(rows.p_for.to_numpy(), len(rows) - allowed) <= ERROR)
         no.append(comparisons * by_luck(rows.p_against.to_numpy(), allowed + 1) <= ERROR)
     word = "supported" if all(yes) else "contradicted" if any(no) else "undecided"
-    return SINGLE[word] if single else word
+    return SINGLE[word] if (parts.seeds == 1).all() else word
 
 # %% ../nbs/17a_claims.ipynb #cf8017bc
 ALIASES = {"infonce": "adapted", "declip-combined": "ours"}
@@ -91,7 +95,7 @@ def sweep_evidence(
     measure: str | None = None,  # a column of the runs; None: the measure of their preset
 ) -> Evidence:
     "What a sweep of one preset has to say."
-    name, folds, retrieved, measure = only_preset(runs), count_folds(runs), by_matching(runs), measure or measure_of(runs)
+    name, measure, folds, retrieved = only_preset(runs), measure or measure_of(runs), count_folds(runs), by_matching(runs)
     if measure not in retrieved:
         raise ValueError(f"the runs of {name} have no column {measure!r}: evaluate them again, or choose another measure")
     rows = [retrieved.assign(measure="retrieval", value=retrieved[measure])[[*INDEX, "value"]]]
@@ -99,8 +103,9 @@ def sweep_evidence(
         means = downstream[downstream.label == "mean"].assign(matching="global")
         rows.append(means.rename(columns={"task": "measure", "balanced_accuracy": "value"})[[*INDEX, "value"]])
     values = pd.concat(rows, ignore_index=True).replace({"arm": ALIASES}).dropna(subset="value")
-    known = placements is not None and len(placements) and not folds
-    shares = patient_shares(placements.replace({"arm": ALIASES}) if known else None, measure)
+    shares = patient_shares(None if folds else placements, measure)
+    if len(shares):
+        shares = shares.rename(index=ALIASES, level="arm").loc[lambda table: ~table.index.duplicated()]
     return Evidence(name, values.drop_duplicates(INDEX).set_index(INDEX).value.sort_index(), shares, folds)
 
 def read_evidence(
@@ -568,18 +573,32 @@ def pool(
 # %% ../nbs/17a_claims.ipynb #8db323f0
 def noted(
     evidence: Evidence,
-    asked: list[Question],
     parts: pd.DataFrame,
     pooled: pd.DataFrame,
 ) -> str:
-    "How many answers are clear, whether the effect is surely small, and the slips of the paper."
-    yes, no = ((parts[side] <= ERROR).sum() for side in ("p_for", "p_against"))
-    notes = [f"{yes} of {len(parts)} for it, {no} against"]
-    if len(pooled) and pooled[["low", "high"]].abs().max(axis=None) <= MARGIN and not evidence.printed:
-        notes.append(f"pooled within {MARGIN:g}")
-    cells = {(cell.measure, cell.arm, cell.fraction) for question in asked for cell in question.weights}
-    return "; ".join([*notes, *(f"slip: {text}" for key, text in evidence.slips.items() if key in cells)])
+    "How many answers are clear, and whether the effect is surely small."
+    yes, no = (clear_answers(parts) <= ERROR).sum()
+    small = len(pooled) and (pooled[["low", "high"]].abs() <= MARGIN).all(axis=None) and not evidence.printed
+    return f"{yes} of {len(parts)} for it, {no} against" + (f"; pooled within {MARGIN:g}" if small else "")
 
+def slips_of(
+    evidence: Evidence,
+    asked: list[Question],
+) -> str:
+    "What the paper prints elsewhere for the numbers that are compared."
+    cells = {(cell.measure, cell.arm, cell.fraction) for question in asked for cell in question.weights}
+    return ". ".join(text for key, text in evidence.slips.items() if key in cells)
+
+def deciding(
+    parts: pd.DataFrame,
+    word: str,  # the verdict
+) -> pd.Series:  # one row
+    "The answer that is least likely a yes; of a contradicted claim, the one that is most likely a no."
+    sure = clear_answers(parts)
+    against = word in ("contradicted", SINGLE["contradicted"])
+    return parts.assign(luck=-sure.p_against if against else sure.p_for).sort_values(["luck", "value"], ascending=[False, True]).iloc[0]
+
+# %% ../nbs/17a_claims.ipynb #0443cacb
 def judge(
     claim: Claim,
     evidence: Evidence,
@@ -590,14 +609,14 @@ def judge(
         asked = claim.test(evidence)
         parts, pooled = (pd.DataFrame([part(evidence, each) for each in group], columns=PARTS) for group in (asked, pool(asked)))
     except Untested as reason:
-        return row | {"verdict": "not tested", "value": "", "pooled": "", "note": str(reason)}, pd.DataFrame(columns=PARTS)
+        return row | {"verdict": "not tested", "value": "", "pooled": "", "note": str(reason), "slips": ""}, pd.DataFrame(columns=PARTS)
     word = verdict(parts, claim.exceptions)
-    decides = parts.loc[parts.p_against.idxmin() if "c" == word[0] or "against" in word else parts.p_for.idxmax()]
+    decides = deciding(parts, word)
     at = "" if np.isnan(decides.fraction) else f" at {decides.fraction:.0%}"
     seeds = "" if decides.seeds == 1 else f", {decides.seeds} {'folds' if evidence.folds else 'seeds'}"
-    means = "; ".join(f"{each.what}: {each.shown}" for each in pooled.itertuples())
+    means = "; ".join(f"{each.what}: {each.shown}" if {*pooled.what} != {decides.what} else each.shown for each in pooled.itertuples())
     row |= {"verdict": word, "value": f"{decides.what}: {decides.shown}{at}{seeds}", "pooled": means}
-    return row | {"note": noted(evidence, asked, parts, pooled)}, parts
+    return row | {"note": noted(evidence, parts, pooled), "slips": slips_of(evidence, asked)}, parts
 
 # %% ../nbs/17a_claims.ipynb #b0006260
 def claims_table(
@@ -618,9 +637,8 @@ def claims_markdown(
 ) -> str:
     "A Markdown table with a column of verdicts for each source."
     def cell(row):
-        pooled = f"; over all sizes {row.pooled}" if row.pooled else ""
-        slips = "".join(f". *S{note[1:]}*" for note in row.note.split("; ") if note.startswith("slip: "))
-        return f"**{row.verdict}**. {row.value}{pooled}{slips}" if row.value else row.verdict
+        parts = [f"**{row.verdict}**", row.value + f"; over all sizes {row.pooled}" * bool(row.pooled), f"*Slip: {row.slips}*" * bool(row.slips)]
+        return ". ".join(filter(None, parts)) if row.value else row.verdict
 
     order = list(dict.fromkeys(table.claim))
     columns = {"claim": order, "where": [table[table.claim == text]["where"].iloc[0] for text in order]}

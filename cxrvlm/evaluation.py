@@ -26,7 +26,7 @@ from .vlm import embed_pairs
 class Evaluation:
     "What was measured of a model."
     metrics: dict[str, float]  # retrieval; those of local matching begin with local_
-    placements: pd.DataFrame  # patient_id, matching, value, value_masked
+    placements: pd.DataFrame  # patient_id, matching, value, auroc_masked
     downstream: pd.DataFrame  # task, label, positives, balanced_accuracy, ...; empty without labels
 
 # %% ../nbs/17b_evaluation.ipynb #bd10fe92

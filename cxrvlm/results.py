@@ -296,8 +296,8 @@ def placement_table(
     settings: Settings,  # tau2, tau3 and length_norm
     path: Path | None = None,  # as in `all_metrics`: similarities that are there are not computed again
     device: str | torch.device = "cpu",
-    reports: Sequence[str] | None = None,  # the N reports, for `value_masked`
-) -> pd.DataFrame:  # patient_id, matching, value, and value_masked unless all reports are equal; one row for each matching and pair
+    reports: Sequence[str] | None = None,  # the N reports, for `auroc_masked`
+) -> pd.DataFrame:  # patient_id, matching, value, and auroc_masked unless all reports are equal; one row for each matching and pair
     "What each test pair contributes to AUROC, by every matching of a run."
     parts, groups = [], None if reports is None else group_ids(reports, len(patients))
     for matching in matchings:
@@ -308,7 +308,7 @@ def placement_table(
             scores = partial(lambda Z, a, b: Z[a:b], Z)
         values = {"value": placements(scores, len(patients))}
         if groups is not None and groups.unique().numel() > 1:
-            values["value_masked"] = placements(scores, len(patients), groups)
+            values["auroc_masked"] = placements(scores, len(patients), groups)
         parts.append(pd.DataFrame({"patient_id": list(patients), "matching": matching} | values))
     return pd.concat(parts, ignore_index=True)
 
@@ -344,15 +344,14 @@ def read_beside(
 # %% ../nbs/17_results.ipynb #8bbe2276
 def patient_shares(
     table: pd.DataFrame | None,  # from `read_beside(..., "placements.csv")`
-    measure: str = "auroc",  # or auroc_masked; of another measure nothing is known
+    measure: str = "auroc",  # or auroc_masked
 ) -> pd.DataFrame:  # of each run (arm, matching, fraction, seed) and patient (columns); the mean of a row is 0; empty: not known
     "By how much each patient's reports lift the measure or lower it, run by run."
-    column = {"auroc": "value", "auroc_masked": "value_masked"}.get(measure)
-    if table is None or column is None:
+    keys, column = ["arm", "matching", "fraction", "seed"], "value" if measure == "auroc" else measure
+    if table is None or table.empty:
         return pd.DataFrame()
     if column not in table or table[column].isna().any():
         raise ValueError(f"placements: some runs have no {column}, which {measure} needs: evaluate them again")
-    keys = ["arm", "matching", "fraction", "seed"]
     groups = table.groupby([*keys, "patient_id"])[column]
     sums, counts = groups.sum().unstack(), groups.size().unstack(fill_value=0)
     other = counts.index[(counts != counts.iloc[0]).any(axis=1)]
@@ -391,11 +390,10 @@ def paired_gains(
 ) -> pd.DataFrame:  # per arm, matching and fraction: mean difference, its 95% interval (low, high), seeds, and how many went up
     "What each arm gains over a reference with the same fraction and seed."
     only_preset(runs)  # else seeds of several would be mixed
-    rows, keys = by_matching(runs).set_index(["arm", "matching", "fraction", "seed"]), ["arm", "matching", "fraction"]
-    metric = metric or measure_of(runs)
+    rows, keys, metric = by_matching(runs), ["arm", "matching", "fraction"], metric or measure_of(runs)
     if metric not in rows.columns:
         raise ValueError(f"the runs have no metric {metric!r}; they have {', '.join(map(str, rows.columns))}")
-    rows, folds = rows[metric], count_folds(runs)
+    rows, folds = rows.set_index([*keys, "seed"])[metric], count_folds(runs)
     if (reference, matching) not in rows.index.droplevel(["fraction", "seed"]):
         raise ValueError(f"there is no run of the arm {reference} with {matching} matching to compare with")
     own, shares = rows.loc[reference, matching], patient_shares(None if folds else placements, metric)

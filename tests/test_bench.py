@@ -142,7 +142,7 @@ def test_a_run_leaves_the_masked_auroc_and_what_each_pair_adds_to_it(runs):
     assert table.auroc_masked.between(0, 1).all() and table.local_auroc_masked["ours"].notna().all()
     for arm, prefixes in (("baseline", {"global": ""}), ("ours", {"global": "", "local": "local_"})):
         placed = pd.read_csv(run_folder(runs, "tiny", arm, 1.0, 0) / "placements.csv")
-        means = placed.groupby("matching")[["value", "value_masked"]].mean()
+        means = placed.groupby("matching")[["value", "auroc_masked"]].mean()
         for matching, prefix in prefixes.items():
             row = table.loc[arm, 1.0]
             assert means.loc[matching].tolist() == pytest.approx([row[f"{prefix}auroc"], row[f"{prefix}auroc_masked"]], abs=1e-4)

@@ -117,9 +117,7 @@ def test_another_measure_has_its_own_column_and_its_own_patients():
     claim = CLAIMS["both_adaptations"]
     row, parts = judge(claim, sweep_evidence(other, measure="auroc_masked"))
     assert row["verdict"] == "contradicted" and judge(claim, sweep_evidence(other))[0]["verdict"] == "supported"
-    with pytest.raises(ValueError, match="no value_masked"):  # the patients' shares of AUROC are not its own
-        sweep_evidence(other, placed(runs, 2), measure="auroc_masked")
-    wide, own = judge(claim, sweep_evidence(other, placed(runs, 2, "value_masked"), measure="auroc_masked"))
+    wide, own = judge(claim, sweep_evidence(other, placed(runs, 2, "auroc_masked"), measure="auroc_masked"))
     assert wide["verdict"] == "undecided" and own.value.to_numpy() == pytest.approx(parts.value.to_numpy())
     with pytest.raises(ValueError, match="made-up have no column 'f1'"):
         sweep_evidence(other, measure="f1")
@@ -173,7 +171,7 @@ def test_a_pooled_effect_is_the_mean_over_the_sizes_and_is_known_better():
         own = parts[parts.what == question.what]
         found = weigh(evidence, question.weights)
         assert found.value == pytest.approx(own.value.mean()) and 2 * found.half() < (own.high - own.low).max()
-        assert f"{question.what}: {found.value:+.3f} (" in row["pooled"]
+        assert f"{question.what}: {found.value:+.3f} (" in row["pooled"] and found.value == pytest.approx(own.value.mean())
     assert len(pool(asked)) == 2 and "pooled within" not in row["note"]
     same = runs.assign(auroc=0.7 + 0.001 * runs.seed + 1e-4 * rng.normal(size=len(runs)))
     assert "pooled within 0.01" in judge(CLAIMS["declip_adds"], sweep_evidence(same))[0]["note"]
@@ -223,7 +221,7 @@ def test_what_the_paper_prints_twice_stands_beside_the_verdict():
     row = next(line for line in claims_markdown(table).splitlines() if CLAIMS["probe_example"].text in line)
     assert "**single run: against**" in row and "**single run: for**" in row and "70.1 in Figure 5" in row and "68.9 in Table 4" in row
     other = next(line for line in claims_markdown(table).splitlines() if CLAIMS["zero_shot_clip"].text in line)
-    assert "*Slip: ours at 20%, zero-shot: no more than CLIP" in other and "probe" not in other
+    assert "ours at 20%, zero-shot: no more than CLIP; section 3 says better" in other and "probe" not in other
 
 
 def test_a_null_needs_everything_at_once():
@@ -278,6 +276,33 @@ def test_placements_are_those_of_a_loop(n, seed):
     A = share(lambda k, i, j: True)
     expected = [sum(share(lambda *kij, p=p, at=at: kij[at] == p) for at in range(3)) - 2 * A for p in range(n)]
     assert placements(lambda a, b: torch.tensor(z[a:b]), n) == pytest.approx(expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 10**6))
+def test_masked_placements_are_the_slope_in_the_weight_of_a_study(n, seed):
+    rng = np.random.default_rng(seed)
+    z, groups = rng.integers(0, 5, size=(n, n)).astype(float), np.append(rng.integers(0, 3, size=n - 1), 3)
+    negatives = [(i, j) for i in range(n) for j in range(n) if groups[i] != groups[j]]
+
+    def masked_auroc(w):  # of a test set in which study p counts w[p] times
+        weights = np.array([w[k] * w[i] * w[j] for k in range(n) for i, j in negatives])
+        won = np.array([(z[k, k] > z[i, j]) + (z[k, k] == z[i, j]) / 2 for k in range(n) for i, j in negatives])
+        return (weights * won).sum() / weights.sum()
+
+    A, step = masked_auroc(np.ones(n)), 1e-5 * np.eye(n)
+    slopes = [(masked_auroc(1 + step[p]) - masked_auroc(1 - step[p])) / 2e-5 for p in range(n)]
+    found = placements(lambda a, b: torch.tensor(z[a:b]), n, torch.tensor(groups))
+    assert found == pytest.approx(A + n * np.array(slopes), abs=1e-6) and found.mean() == pytest.approx(A, abs=1e-12)
+
+
+def test_a_preset_says_what_its_claims_are_tested_on():
+    runs, _ = world(1, 1e-5)
+    bench = runs.assign(preset="bench", auroc_masked=runs.auroc + 0.1, local_auroc_masked=runs.local_auroc + 0.1)
+    found, plain = (sweep_evidence(table).values.sort_index() for table in (bench, runs))
+    assert found.to_numpy() == pytest.approx(plain.to_numpy() + 0.1) and found.index.equals(plain.index)
+    with pytest.raises(ValueError, match="some runs have no auroc_masked, which auroc_masked needs"):
+        sweep_evidence(bench, pd.DataFrame({"arm": ["a"], "matching": "global", "fraction": 1.0, "seed": 0, "patient_id": "0", "value": 0.5}))
 
 
 @settings(max_examples=60, deadline=None)
