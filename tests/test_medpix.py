@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 
 import cxrvlm.settings
-from cxrvlm.data import RESTRICTED, data_fingerprint, is_restricted, load_studies, open_store, source_files, take_fold, watch_source
+from cxrvlm.data import (
+    RESTRICTED,
+    data_fingerprint,
+    is_restricted,
+    load_studies,
+    open_store,
+    source_files,
+    take_fold,
+    watch_source,
+)
 from cxrvlm.medpix import LOCATIONS, MODALITIES, STRIPS, load_medpix, shared_captions
 from cxrvlm.model_card import SOURCES
 from cxrvlm.settings import DataSettings, SettingsError, digest, load_arm, load_settings, replace

