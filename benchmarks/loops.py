@@ -107,7 +107,7 @@ def gradients_of(loss, module) -> dict[str, torch.Tensor]:
     "The gradients of a scalar by the module's parameters, which are left without."
     module.zero_grad()
     loss.backward()
-    found = {name: p.grad.float().cpu() for name, p in module.named_parameters() if p.grad is not None}
+    found = {name: p.grad.float() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     return found
 

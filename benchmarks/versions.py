@@ -210,7 +210,7 @@ def loss_and_gradients(trainer: Trainer, batches: list[dict]) -> tuple[torch.Ten
     with accelerator.autocast():
         loss = sum(objective(batches[-1]).values())
     loss.backward()
-    gradients = {name: p.grad.float().cpu() for name, p in objective.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.float() for name, p in objective.named_parameters() if p.grad is not None}
     objective.zero_grad()
     objective.train()
-    return loss.detach().float().cpu(), gradients
+    return loss.detach().float(), gradients

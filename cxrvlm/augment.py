@@ -169,8 +169,8 @@ def blurred(
     which = np.where(u["blur"] < self.blur_p, (u["sigma"] * len(self.blur_sigma)).astype(int), -1)
     for k, sigma in enumerate(self.blur_sigma):
         if len(rows := np.flatnonzero(which == k)):
-            K = blur_matrix(sigma * S / PAPER_SIZE, S).to(images.device)
-            rows = torch.from_numpy(rows).to(images.device)
+            K = blur_matrix(sigma * S / PAPER_SIZE, S).to(images.device, non_blocking=True)
+            rows = torch.from_numpy(rows).to(images.device, non_blocking=True)
             images[rows] = K.T @ images[rows] @ K
     return images
 

@@ -232,7 +232,7 @@ def report_similarity(
     length_norm: bool = False,  # subtract tau3 log W_j, W_j the words of report j
 ) -> torch.Tensor:  # Z [B, C]
     "The soft maximum over the words of each report (equation 3)."
-    places = mask.flatten().nonzero()[:, 0].to(fits.device)
+    places = mask.flatten().nonzero()[:, 0].to(fits.device, non_blocking=True)
     padded = fits.new_full((len(fits), mask.numel()), -torch.inf).index_copy_(1, places, fits / tau3)
     Z = tau3 * padded.unflatten(1, mask.shape).logsumexp(2)
     return Z - tau3 * mask.sum(1).to(Z).log() if length_norm else Z
@@ -268,6 +268,6 @@ def local_similarity(
     mask = word_mask.cpu()
     check_local(regions, words, mask)
     mask = mask.bool()
-    packed = words.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0].to(words.device))
+    packed = words.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0].to(words.device, non_blocking=True))
     with torch.autocast(regions.device.type, enabled=False):
         return report_similarity(word_fits(regions, packed, tau2), mask, tau3, length_norm)

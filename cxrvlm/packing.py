@@ -45,7 +45,7 @@ def last_hidden_states(
 ) -> torch.Tensor:  # [B, W, C]; 0 at the padding
     "BERT's last hidden states of each token."
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    packed = pack(mask).to(ids.device)
+    packed = pack(mask).to(ids.device, non_blocking=True)
     if packed.numel() == mask.numel():  # all reports are equally long
         return bert(input_ids=ids, attention_mask=mask).last_hidden_state
     width, place = ids.shape[1], packed.clamp(min=0)

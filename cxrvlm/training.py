@@ -176,9 +176,10 @@ def validate(
     if count == 0:
         raise ValueError(f"the validation split has {len(dataset)} samples, less than one batch of {settings.batch_size}")
     objective.eval()
-    batches = itertools.islice(load_batches(dataset, settings, seed=0, device=accelerator.device), count)
-    with torch.no_grad(), accelerator.autocast():
-        values = [objective(batch) for batch in batches]
+    values = []
+    for batch in itertools.islice(load_batches(dataset, settings, seed=0, device=accelerator.device), count):
+        with torch.no_grad(), accelerator.autocast():
+            values.append(objective(batch))
     objective.train()
     return {name: torch.stack([v[name] for v in values]).float().mean().item() for name in values[0]}
 

@@ -24,6 +24,7 @@ from cxrvlm.initialisation import load_backbone
 from cxrvlm.phantom import render_reference
 from cxrvlm.settings import SettingsError, in_stage, load_settings, replace
 from cxrvlm.simclr import ImageViews, alignment, build_objective, folder_images, image_features, uniformity
+from prepared import prepare
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs/experiments/adapt_image.ipynb"
 SMOKE = in_stage(load_settings("smoke"), "simclr")
@@ -270,3 +271,17 @@ def test_other_labels_do_not_get_in_the_way():
     alone = linear_probe(x, pd.DataFrame(y[:, :1], columns=["a"]).astype(float), rng.integers(0, 80, 200))
     assert probe.balanced_accuracy[0] == pytest.approx(alone.balanced_accuracy[0], abs=0.06)
     assert len(linear_probe(x, pd.DataFrame(index=range(200)), np.arange(200))) == 0
+
+
+def test_validation_prepares_its_images_in_float32_whatever_the_precision(tmp_path):
+    # The blur was once made inside the autocast, which a GPU refused and which would have given other pictures.
+    seen = {}
+    for precision in ("float32", "bf16"):
+        settings = replace(SMOKE, precision=precision, batch_size=16, valid_iterations=2)
+        training_studies, store, _ = prepare(settings, tmp_path)
+        objective, views = build_objective(settings, seed=0), ImageViews(training_studies, store, augmentation(settings, "simclr"))
+        seen[precision] = []
+        objective.register_forward_pre_hook(lambda module, given, to=seen[precision]: to.append(given[0]["views"]))
+        assert math.isfinite(training.validate(objective, views, settings, training.start_device(settings))["simclr"])
+    for expected, found in zip(*seen.values(), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
