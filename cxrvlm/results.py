@@ -108,6 +108,7 @@ def write_result(
     result = {"preset": settings.preset, "arm": arm.name, "fraction": fraction, "seed": seed, "metrics": metrics}
     result |= {"counts": counts, "data": data, "digest": digest(settings, arm)}
     result |= {"training": {"steps": progress.step, "best_step": progress.best_step, "best_valid": progress.best}}
+    result["training"]["limited_by_steps"] = progress.limited_by_steps(settings, 1 - arm.alpha - arm.beta - arm.gamma)
     result |= {"seconds": round(progress.seconds, 1), "waited": round(progress.loading, 1), "provenance": provenance(accelerator)}
     result |= {"settings": settings.model_dump(mode="json"), "arm_settings": arm.model_dump(mode="json")}
     text = json.dumps(result, indent=1)
@@ -127,7 +128,7 @@ def result_row(
         result = json.loads(path.read_text())
         row = {key: result[key] for key in RUN}
         row |= {f"{split}_pairs": result["counts"][split] for split in SPLITS}
-        row |= result["metrics"] | result["training"] | {"seconds": result["seconds"]}
+        row |= {"limited_by_steps": None} | result["metrics"] | result["training"] | {"seconds": result["seconds"]}
         row |= {"data": result["data"], "digest": result["digest"]}
         row |= {key: result["provenance"][key] for key in ("commit", "device", "threads")}
         return row | {key: result["provenance"].get(key) or None for key in SINCE}
@@ -140,7 +141,7 @@ def read_runs(
 ) -> pd.DataFrame:  # one row per run
     "A table of runs; what its time did not note is blank."
     table = read_own(path)
-    return table.assign(**{name: None for name in SINCE if name not in table})
+    return table.assign(**{name: None for name in [*SINCE, "limited_by_steps"] if name not in table})
 
 # %% ../nbs/17_results.ipynb #08f4a1e1
 def among(

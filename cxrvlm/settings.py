@@ -87,7 +87,7 @@ class TrainingSettings(Checked):
     betas: Annotated[tuple[Share, Share], BeforeValidator(words)]
     warmup: Count  # iterations over which the rate rises from 0
     train_iterations: Natural  # between two validations
-    valid_iterations: Natural  # batches of one validation, always the same ones
+    valid_iterations: Count  # batches of one validation, always the same ones; 0: the whole split
     patience: Natural  # validations without improvement before the end
     max_iterations: Count  # the end in any case; 0: none
     precision: Literal["auto", "float32", "bf16"]  # auto: bf16 where the device has it
@@ -95,6 +95,8 @@ class TrainingSettings(Checked):
     threads: Count  # CPU threads; 0: all. Sums round differently for another number
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     accumulate: Natural = 1  # parts in which a batch passes the encoders: less memory, the same negatives
+    batchnorm_images: Count = 0  # plain training images whose statistics batch normalisation has in validation; 0: as training left them
+    min_iterations: Count = 0  # before these patience does not count
 
 # %% ../nbs/00_settings.ipynb #70826abe
 class SweepSettings(Checked):
@@ -157,15 +159,17 @@ class Stage1Training(Checked):
     simclr_batch_size: Annotated[int, Field(ge=2)]
     simclr_lr: Positive
     simclr_train_iterations: Natural
-    simclr_valid_iterations: Natural
+    simclr_valid_iterations: Count
     simclr_patience: Natural
     simclr_max_iterations: Count
     cxrbert_batch_size: Annotated[int, Field(ge=2)]
     cxrbert_lr: Positive
     cxrbert_train_iterations: Natural
-    cxrbert_valid_iterations: Natural
+    cxrbert_valid_iterations: Count
     cxrbert_patience: Natural
     cxrbert_max_iterations: Count
+    simclr_min_iterations: Count = 0
+    cxrbert_min_iterations: Count = 0
 
 # %% ../nbs/00_settings.ipynb #c844d5f5
 class LocalSettings(Checked):
@@ -182,7 +186,8 @@ class DeCLIPSettings(Checked):
     declip_mask: Annotated[float, Field(gt=0, lt=1)]  # share of the tokens that are masked
     declip_tau: Positive  # softmax temperature between an image's two views
     declip_head: Natural  # output dimensions of the head that compares them
-    declip_queue: Natural  # reports among which the nearest neighbour is looked for
+    declip_queue: Natural  # reports among which the nearest neighbour is looked for, at most
+    declip_queue_within: Share = 0  # of max_iterations: the queue is short enough to be full by then; 0: however long it takes
 
 # %% ../nbs/00_settings.ipynb #42361c30
 def prompts(text):
@@ -212,6 +217,16 @@ class Settings(
     def fits_together(self):
         if self.text_hidden % self.text_heads:
             raise ValueError(f"text_hidden = {self.text_hidden} is no multiple of text_heads = {self.text_heads}")
+        if self.batchnorm_images == 1:
+            raise ValueError("batchnorm_images = 1: one image has no spread; use 0, or 2 and more")
+        if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
+            raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
+        if list(self.fractions) != sorted(set(self.fractions)):
+            raise ValueError(f"fractions = {self.fractions}: must rise")
+        return self
+
+    @model_validator(mode="after")
+    def fits_its_source(self):
         if (self.source == "phantom") != (self.pairs > 0):
             raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
         own = {"mimic": ["folder", "official"], "table": ["patient", "column"], "medpix": ["patient", "official"]}
@@ -220,16 +235,12 @@ class Settings(
             raise ValueError(f"split = {self.split}: {' or '.join(splits)} for source = {self.source}")
         if self.split == "folds" and max(self.seeds) > 4:
             raise ValueError(f"seeds = {max(self.seeds)}: with split = folds a seed is the number of a fold, 0 to 4")
-        if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
-            raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
         closed = {"mimic": "the licence of MIMIC-CXR forbids to share its reports and images",
                   "medpix": "the contributors of MedPix have not allowed to share its captions and images"}
         if self.source in closed and self.restricted == "no":
             raise ValueError(f"restricted = no: {closed[self.source]}; use auto")
         if self.source in ("mimic", "table", "medpix") and not self.data:
             raise ValueError(f"data is empty: source = {self.source} needs the path of its {'file' if self.source == 'table' else 'folder'}")
-        if list(self.fractions) != sorted(set(self.fractions)):
-            raise ValueError(f"fractions = {self.fractions}: must rise")
         return self
 
 # %% ../nbs/00_settings.ipynb #9aab1bc3
@@ -442,7 +453,7 @@ DECLIP = keys_of(DeCLIPSettings)
 SHARED = keys_of(DataSettings, TrainingSettings) | {"stage1_fraction"}
 USED = {
     "simclr": SHARED | keys_of(SimCLRAugmentations, Stage1Settings, but="cxrbert_") | {"image_encoder", "image_weights", "output_stride", "vlm_rotation"},
-    "cxrbert": SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_") - {"output_stride"},
+    "cxrbert": (SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_")) - {"output_stride", "batchnorm_images"},
 }
 
 # %% ../nbs/00_settings.ipynb #cfaddacd
