@@ -31,7 +31,8 @@ from .images import ImageStore, decode, to_gray, to_square
 from .phantom import render_reference
 from .settings import Settings, from_root, load_arm
 from cxrvlm.studies import (
-    SPLITS, is_phantom, label_columns, nested_fraction, patients_on_two_sides, read_table, split_by_patient,
+    SPLITS, UNPAIRED, add_pair_text, is_phantom, label_columns, nested_fraction, only_pairs, pair_texts, patients_on_two_sides,
+    read_table, split_by_patient, split_by_sizes, stage1_studies,
 )
 
 # %% ../nbs/07b_check.ipynb #eebd2cf5
@@ -153,7 +154,7 @@ def ask_about_sides(report: Report, studies: pd.DataFrame, seen: pd.DataFrame) -
     both = patients_on_two_sides(studies)
     if both:
         report.add("error", "split", f"patients in more than one split: {len(both)} ({some(both)}). The test would measure memory")
-    rows = studies[studies.image.map(seen.hash.notna())].drop_duplicates(["image", "split"])
+    rows = studies[studies.image.map(seen.hash.notna())].replace({"split": {UNPAIRED: SPLITS[0]}}).drop_duplicates(["image", "split"])
     pairs = near_pairs(seen.hash[rows.image].tolist(), rows.split.to_numpy()) if len(rows) else []
     names = rows.image.tolist()
     for level, about, chosen in (
@@ -179,7 +180,11 @@ def smallest_gain(
 def ask_about_counts(report: Report, studies: pd.DataFrame, batch_size: int) -> None:
     "How many there are on each side."
     sizes = {side: int((studies.split == side).sum()) for side in SPLITS}
-    report.counts |= {"pairs": len(studies), "patients": studies.patient_id.nunique()} | {f"{side} pairs": n for side, n in sizes.items()}
+    pairs = only_pairs(studies)
+    report.counts |= {"pairs": len(pairs), "patients": pairs.patient_id.nunique()} | {f"{side} pairs": n for side, n in sizes.items()}
+    if len(pairs) < len(studies):
+        report.counts["unpaired"] = len(studies) - len(pairs)
+        report.add("note", "split", f"studies of the training split that are no pairs, and that stage 1 alone reads: {len(studies) - len(pairs)}")
     for side, size in sizes.items():
         if size < (2 if side == "test" else batch_size):
             enough = "Retrieval needs two" if side == "test" else f"A batch has {batch_size}: lower batch_size, or add pairs"
@@ -214,7 +219,7 @@ def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFra
             report.add(level, about, "no report has both findings and impression, and adapting the text would match them: set cxrbert_rsm = 0")
             continue
         for side in ("train", "validation"):
-            part = rows[rows.split == side]
+            part = stage1_studies(rows) if side == "train" else rows[rows.split == side]
             if side == "train" and len(part) >= size:
                 part = nested_fraction(part, settings.stage1_fraction, settings.seeds[0], size)
             if len(part) < size:
@@ -243,13 +248,13 @@ def tie_ceiling(
 
 def ask_about_reports(report: Report, studies: pd.DataFrame) -> None:
     "Reports that have the same words."
-    words = studies.impression.str.lower()
+    words = pair_texts(studies).str.lower()
     same = words.duplicated(keep=False)
     report.counts |= {"different reports": words.nunique(), "reports with a twin": int(same.sum())}
     test = words[studies.split == "test"]
     if words.nunique() < 2:
         report.add("error", "reports", "all reports have the same words: there is nothing to learn")
-    elif studies.impression[studies.split == "test"].nunique() < 2:
+    elif pair_texts(studies)[studies.split == "test"].nunique() < 2:
         report.add("error", "reports", "all reports of the test split have the same words: AUROC needs two that differ")
     elif same.any():
         limit = f", and retrieval AUROC on the test split cannot pass {tie_ceiling(test):.3f}" if test.duplicated().any() else ""
@@ -278,7 +283,7 @@ def ask_about_length(report: Report, studies: pd.DataFrame, settings: Settings) 
         level = "error" if settings.tokenizer == "train" else "warning"
         report.add(level, "length", f"not counted, for the preset {settings.preset} has no tokenizer here: {error}")
         return
-    texts = studies.impression.tolist()
+    texts = pair_texts(studies).tolist()
     counts = truncation(tokenizer, texts, settings.max_tokens)
     report.counts |= {"longest report in tokens": counts["longest"], "cut reports": counts["cut"]}
     advice = length_advice(token_lengths(tokenizer, texts), tokenizer.model_max_length, "max_tokens") if counts["cut"] else ""
@@ -289,7 +294,7 @@ def ask_about_length(report: Report, studies: pd.DataFrame, settings: Settings) 
 def ask_about_words(report: Report, studies: pd.DataFrame, settings: Settings, tokenizer) -> None:
     "Unknown words, and prompts for the labels."
     from cxrvlm.downstream import conditions, fill_prompts
-    rows = tokenizer(studies.impression.tolist(), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = tokenizer(pair_texts(studies).tolist(), add_special_tokens=False, verbose=False)["input_ids"]
     tokens = np.concatenate([np.array(row, int) for row in rows])
     unknown = int((tokens == tokenizer.unk_token_id).sum())
     report.counts["unknown tokens"] = unknown
@@ -350,8 +355,9 @@ def split_for_check(report: Report, studies: pd.DataFrame, settings: Settings) -
         return studies
     seed = settings.split_seed if wanted else 0
     report.add("note", "split", f"by patient, seed {seed}: " + ("the preset draws it, and the table's column split is not used" if own else "the table has no column split"))
+    bare = studies.drop(columns="split", errors="ignore")
     try:
-        return split_by_patient(studies.drop(columns="split", errors="ignore"), seed)
+        return split_by_sizes(bare, seed, settings.split_sizes) if wanted and settings.split_sizes else split_by_patient(bare, seed)
     except ValueError as error:
         report.add("error", "split", str(error))
         return studies.assign(split="train")
@@ -366,9 +372,10 @@ def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings, named
     ask_about_images(report, studies, seen, settings)
     ask_about_sides(report, studies, seen)
     ask_about_ids(report, studies)
-    ask_about_reports(report, studies)
-    ask_about_length(report, studies, settings)
-    ask_about_labels(report, studies)
+    pairs = only_pairs(studies)
+    ask_about_reports(report, pairs)
+    ask_about_length(report, pairs, settings)
+    ask_about_labels(report, pairs)
     return report
 
 def check_table(
@@ -385,7 +392,7 @@ def check_table(
         report.add("error", "rows", "no row can be used")
     if studies is None or studies.empty:
         return report
-    return look_at_all(report, split_for_check(report, studies, settings), settings, named)
+    return look_at_all(report, add_pair_text(split_for_check(report, studies, settings), settings.pair_text), settings, named)
 
 # %% ../nbs/07b_check.ipynb #b8301cdd
 def check_preset(

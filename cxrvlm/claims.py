@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from cxrvlm.results import (
-    by_matching, data_multiplier, interval, markdown, multiplier_text, only_preset, patient_sums, read_beside,
+    by_matching, data_multiplier, interval, markdown, measure_of, multiplier_text, only_preset, patient_sums, read_beside,
     read_results, resampled_means,
 )
 from .settings import from_root
@@ -83,15 +83,15 @@ def sweep_evidence(
     downstream: pd.DataFrame | None = None,  # from `read_beside(..., "downstream.csv")`
 ) -> Evidence:
     "What a sweep of one preset has to say."
-    name = only_preset(runs)
-    rows = [by_matching(runs).assign(measure="retrieval").rename(columns={"auroc": "value"})[[*INDEX, "value"]]]
+    name, measure = only_preset(runs), measure_of(runs)
+    rows = [by_matching(runs).assign(measure="retrieval").rename(columns={measure: "value"})[[*INDEX, "value"]]]
     if downstream is not None and len(downstream):
         means = downstream[downstream.label == "mean"].assign(matching="global")
         rows.append(means.rename(columns={"task": "measure", "balanced_accuracy": "value"})[[*INDEX, "value"]])
     values = pd.concat(rows, ignore_index=True).replace({"arm": ALIASES}).dropna(subset="value")
     sums, reports = None, None
     if placements is not None and len(placements):
-        sums, counts = patient_sums(placements.replace({"arm": ALIASES}))
+        sums, counts = patient_sums(placements.replace({"arm": ALIASES}), measure)
         reports = counts.to_numpy()
     return Evidence(name, values.drop_duplicates(INDEX).set_index(INDEX).value.sort_index(), sums, reports, 0.0, False)
 

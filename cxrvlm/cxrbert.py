@@ -270,7 +270,7 @@ def match_sections(
     tokenizer: PreTrainedTokenizerBase,
     studies: pd.DataFrame,  # N of them, at least 2, with both sections
     max_tokens: int,  # as in training
-) -> dict[str, float]:  # auroc, auroc_dedup, recall@1, @5, @10, median_rank
+) -> dict[str, float]:  # auroc, auroc_dedup, auroc_masked, recall@1, @5, @10, median_rank
     "How well findings find their impression."
     texts = [studies[section].tolist() for section in ("findings", "impression")]
     metrics = retrieval_metrics(*(embed_sections(masked_lm, tokenizer, text, max_tokens) for text in texts), texts[1])
@@ -283,7 +283,7 @@ def match_chance(
 ) -> dict[str, float]:  # as `match_sections`
     "The same for someone who ranks at random."
     recall = {f"recall@{k}": min(1.0, k / n) for k in ks}
-    return {"auroc": 0.5, "auroc_dedup": 0.5} | recall | {"median_rank": (n + 1) / 2}
+    return {"auroc": 0.5, "auroc_dedup": 0.5, "auroc_masked": 0.5} | recall | {"median_rank": (n + 1) / 2}
 
 # %% ../nbs/12_cxrbert.ipynb #de8da718
 def text_metrics(

@@ -17,6 +17,7 @@ from .images import ImageStore
 from .matching import all_metrics
 from .results import placement_table
 from .settings import Settings
+from .studies import pair_texts
 from .training import write_atomically
 from .vlm import embed_pairs
 
@@ -25,7 +26,7 @@ from .vlm import embed_pairs
 class Evaluation:
     "What was measured of a model."
     metrics: dict[str, float]  # retrieval; those of local matching begin with local_
-    placements: pd.DataFrame  # patient_id, matching, value
+    placements: pd.DataFrame  # patient_id, matching, value, auroc_masked
     downstream: pd.DataFrame  # task, label, positives, balanced_accuracy, ...; empty without labels
 
 # %% ../nbs/17b_evaluation.ipynb #bd10fe92
@@ -50,8 +51,9 @@ def evaluate(
     "Ask a model everything."
     device = next(model.parameters()).device
     images, texts = embed_pairs(model, studies, store, settings.max_tokens, local="local" in matchings)
-    metrics = all_metrics(images, texts, studies.impression.tolist(), matchings, settings, path, device)
-    placed = placement_table(images, texts, studies.patient_id.tolist(), matchings, settings, path, device)
+    reports = pair_texts(studies).tolist()
+    metrics = all_metrics(images, texts, reports, matchings, settings, path, device)
+    placed = placement_table(images, texts, studies.patient_id.tolist(), matchings, settings, path, device, reports)
     _, tables = downstream_metrics(model, studies, store, settings)
     return Evaluation(metrics, placed, downstream_table(tables, matchings))
 

@@ -22,7 +22,7 @@ from .attention import share_inside, to_pixels, word_maps
 from .encoders import DualEncoder
 from .images import to_float
 from .phantom import findings_from_mesh, render
-from .studies import is_phantom, parse_phantom_reference, read_own
+from .studies import is_phantom, pair_texts, parse_phantom_reference, read_own
 
 # %% ../nbs/16b_grounding.ipynb #5c33d770
 WORDS = {
@@ -158,10 +158,10 @@ def find_looks(
 ) -> list[Look]:
     "All findings that a word of their report names."
     looks = []
-    for row in studies.itertuples():
+    for row, report in zip(studies.itertuples(), pair_texts(studies), strict=True):
         image, masks = finding_masks(row.image, image_size)
         kinds = [kind for kind in masks if kind in WORDS]
-        maps = word_maps(model, image, row.impression, max_tokens, tau2) if kinds else []
+        maps = word_maps(model, image, report, max_tokens, tau2) if kinds else []
         for kind in kinds:
             own = [attention for word, attention in maps if stands_for(word, kind)]
             if own:

@@ -189,7 +189,7 @@ def check_matrix(
 
 def matrix_metrics(
     similarity: torch.Tensor | np.ndarray,  # [N images, N reports], from `local_matrix`
-    texts: Sequence[str],  # N impressions; pairs with the same one are positives of `auroc_dedup`
+    texts: Sequence[str],  # N reports, as for `retrieval_metrics`
     ks: Sequence[int] = (1, 5, 10),  # for recall
 ) -> dict[str, float]:  # as `retrieval_metrics`
     "Every retrieval metric of a similarity matrix."
@@ -212,7 +212,7 @@ MATCHINGS = ("global", "local")
 def all_metrics(
     images: Embedding,  # of N images, from `embed_pairs`
     texts: Embedding,  # of their N reports
-    reports: Sequence[str],  # the N impressions
+    reports: Sequence[str],  # the N reports
     matchings: Sequence[str],  # global, local or both, as in `Arm.matchings`
     settings: Settings,  # tau2, tau3 and length_norm
     path: Path | None = None,  # a .npy file for the similarities, if local matching takes long

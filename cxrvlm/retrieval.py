@@ -79,28 +79,29 @@ def pair_auroc(
     scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N], rows a to b of the similarities
     groups: torch.Tensor,  # [N] integers; pairs (i, j) with groups[i] == groups[j] are positive
     block: int = BLOCK,  # similarities in a block; changes time and memory, never the result
+    masked: bool = False,  # only the own pairs (i, i) are positive, and other pairs of a group are left out
 ) -> float:  # between 0 and 1
     "The exact area under the ROC curve over all N x N pairs; ties count one half."
-    n = len(groups)
+    n, negatives = len(groups), len(groups) ** 2 - int((groups.unique(return_counts=True)[1] ** 2).sum())
+    if not negatives:
+        raise ValueError(f"all {n} x {n} pairs are positive: AUROC needs a negative pair, so at least two different reports")
     groups = groups.to(scores(0, 1).device)
 
     def positives(a, b):
         similarity = scores(a, b)
         if not similarity.isfinite().all():
             raise ValueError(f"a similarity in rows {a} to {b - 1} is NaN or infinite; look at the embeddings")
-        return similarity[groups[a:b, None] == groups]
+        return similarity.diagonal(a) if masked else similarity[groups[a:b, None] == groups]
 
     rows = max(1, block // n)
     pos = sorted_scores(torch.cat(map_blocks(positives, n, rows)))
-    if len(pos) == n * n:
-        raise ValueError(f"all {n} x {n} pairs are positive: AUROC needs a negative pair, so at least two different reports")
 
     def twice_wins(a, b):
         neg = sorted_scores(scores(a, b).masked_fill(groups[a:b, None] == groups, torch.inf).flatten())
         return sum(int(torch.searchsorted(neg, pos, right=side, out_int32=True).sum()) for side in (False, True))
 
     rows = max(1, min(max(block, 2 * len(pos)), BLOCK_MAX) // n)
-    return sum(map_blocks(twice_wins, n, rows)) / (2 * len(pos) * (n * n - len(pos)))
+    return sum(map_blocks(twice_wins, n, rows)) / (2 * len(pos) * negatives)
 
 # %% ../nbs/15_retrieval.ipynb #bcc5e834
 def group_ids(
@@ -133,11 +134,12 @@ def retrieval_auroc(
     image_emb: torch.Tensor | np.ndarray,  # [N, E], any length
     text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
     groups: Sequence | None = None,  # N texts or ids: pairs of equal ones are positive; None: own pairs only, as the paper
+    masked: bool = False,  # own pairs only are positive, and other pairs of equal texts are left out
 ) -> float:  # 1 perfect, 0.5 chance
     "Area under the ROC curve of telling positive from negative image-report pairs by cosine similarity, exact."
     n = check_pairs(image_emb, text_emb)
     ids = torch.arange(n) if groups is None else group_ids(groups, n)
-    return pair_auroc(cosine_scores(image_emb, text_emb), ids)
+    return pair_auroc(cosine_scores(image_emb, text_emb), ids, masked=masked)
 
 # %% ../nbs/15_retrieval.ipynb #e1f012a2
 def score_ranks(
@@ -250,13 +252,13 @@ def score_metrics(
     by_text: Callable[[int, int], torch.Tensor],  # by_text(a, b) is [b - a, N]: of reports a to b with all images
     by_image: Callable[[int, int], torch.Tensor],  # the same of images a to b with all reports
     n: int,  # number of pairs
-    texts: Sequence[str],  # N impressions
+    texts: Sequence[str],  # N reports
     ks: Sequence[int],  # for recall
 ) -> dict[str, float]:  # as `retrieval_metrics`
     "Every retrieval metric of a similarity that comes by blocks."
     metrics, groups = {"n": n, "auroc": pair_auroc(by_image, torch.arange(n))}, group_ids(texts, n)
     if groups.unique().numel() > 1:  # else there is no negative pair
-        metrics["auroc_dedup"] = pair_auroc(by_image, groups)
+        metrics |= {"auroc_dedup": pair_auroc(by_image, groups), "auroc_masked": pair_auroc(by_image, groups, masked=True)}
     for short, scores in (("t2i", by_text), ("i2t", by_image)):
         best, worst = score_ranks(scores, n)
         metrics |= {f"{short}_recall@{k}": float(hits(best, worst, k).mean()) for k in ks}
@@ -266,9 +268,9 @@ def score_metrics(
 def retrieval_metrics(
     image_emb: torch.Tensor | np.ndarray,  # [N, E]
     text_emb: torch.Tensor | np.ndarray,  # [N, E], row i belongs to image i
-    texts: Sequence[str],  # N impressions; pairs with the same one are positives of `auroc_dedup`
+    texts: Sequence[str],  # N reports; pairs with the same one are positives of `auroc_dedup`, and left out of `auroc_masked`
     ks: Sequence[int] = (1, 5, 10),  # for recall
-) -> dict[str, float]:  # n, auroc, auroc_dedup (left out if all texts are equal), t2i_ and i2t_ recall@k and median_rank
+) -> dict[str, float]:  # n, auroc; auroc_dedup and auroc_masked, unless all texts are equal; t2i_ and i2t_ recall@k and median_rank
     "Every retrieval metric of one model on one split, by cosine similarity."
     n = check_pairs(image_emb, text_emb)
     return score_metrics(cosine_scores(text_emb, image_emb), cosine_scores(image_emb, text_emb), n, texts, ks)

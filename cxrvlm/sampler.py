@@ -271,17 +271,18 @@ def sample_annotation(
 def sample_studies(
     n: int,  # pairs
     seed: int,  # another seed, other patients and other reports
+    first: int = 0,  # number of the first study; above 0: what follows a sample of so many, with patients of its own
 ) -> pd.DataFrame:  # studies with label columns; see `02_studies`
     "Studies of phantoms, by Open-i's frequencies, with matching reports."
-    rows, labels, patient, visit = [], np.empty((n, len(CHEXPERT_LABELS))), 0, 0
-    for row in range(n):
+    rows, labels, patient, visit = [], np.empty((n, len(CHEXPERT_LABELS))), first, 0
+    for row in range(first, first + n):
         rng = stream(seed, "study", row)
-        again = rng.random() < 0.2 and row > 0
+        again = rng.random() < 0.2 and row > first
         patient, visit = (patient, visit + 1) if again else (row, 0)
         mesh = sample_annotation(rng)
         findings = findings_from_mesh(mesh)
         image = phantom_reference(visit_seed(seed_from(seed, "patient", patient), visit), mesh)
         rows.append((f"phantom{row:07d}", f"patient{patient:07d}", image, *write_report(findings, rng)))
-        labels[row] = finding_labels(findings)
+        labels[row - first] = finding_labels(findings)
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.join(pd.DataFrame(labels, columns=CHEXPERT_LABELS))

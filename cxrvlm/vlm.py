@@ -20,6 +20,7 @@ from .encoders import DualEncoder, Embedding
 from .images import ImageStore, to_float
 from .losses import contrastive_terms
 from .settings import Settings
+from .studies import pair_texts
 from .text import pad_rows, token_rows, tokenize
 
 # %% ../nbs/13_vlm.ipynb #1e52febb
@@ -35,7 +36,7 @@ class ImageTextPairs(Dataset):
         transform: Augmentation | None = None,  # None: the image as it is
         seed: int = 0,  # of the augmentations
     ):
-        self.names, self.refs, self.texts = (studies[c].tolist() for c in ("study_id", "image", "impression"))
+        self.names, self.refs, self.texts = studies.study_id.tolist(), studies.image.tolist(), pair_texts(studies).tolist()
         self.store, self.tokenizer, self.max_tokens = store, tokenizer, max_tokens
         self.transform, self.seed = transform, seed
         self.rows = token_rows(tokenizer, self.texts, max_tokens) if self.texts else []
@@ -129,7 +130,7 @@ def embed_pairs(
     "Embed all images and all impressions of a table."
     model.eval()
     device = next(model.parameters()).device
-    reports = list(dict.fromkeys(studies.impression))
+    reports = list(dict.fromkeys(pair_texts(studies)))
     refs, images, texts = studies.image.tolist(), [], []
     for start in tqdm(range(0, len(refs), batch_size), desc="images", mininterval=5):
         pixels = to_float(store.batch(refs[start : start + batch_size])).to(device)
@@ -138,5 +139,5 @@ def embed_pairs(
         tokens = tokenize(model.tokenizer, reports[start : start + batch_size], max_tokens).to(device)
         texts.append(on_cpu(model.embed_texts(tokens), local))
     place = {report: row for row, report in enumerate(reports)}
-    rows = torch.tensor([place[report] for report in studies.impression])
+    rows = torch.tensor([place[report] for report in pair_texts(studies)])
     return stack(images), Embedding(*(part[rows] for part in stack(texts)))

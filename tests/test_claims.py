@@ -138,6 +138,33 @@ def test_placements_are_those_of_a_loop(n, seed):
     assert placements(lambda a, b: torch.tensor(z[a:b]), n) == pytest.approx(expected)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 10**6))
+def test_masked_placements_are_the_slope_in_the_weight_of_a_study(n, seed):
+    rng = np.random.default_rng(seed)
+    z, groups = rng.integers(0, 5, size=(n, n)).astype(float), np.append(rng.integers(0, 3, size=n - 1), 3)
+    negatives = [(i, j) for i in range(n) for j in range(n) if groups[i] != groups[j]]
+
+    def masked_auroc(w):  # of a test set in which study p counts w[p] times
+        weights = np.array([w[k] * w[i] * w[j] for k in range(n) for i, j in negatives])
+        won = np.array([(z[k, k] > z[i, j]) + (z[k, k] == z[i, j]) / 2 for k in range(n) for i, j in negatives])
+        return (weights * won).sum() / weights.sum()
+
+    A, step = masked_auroc(np.ones(n)), 1e-5 * np.eye(n)
+    slopes = [(masked_auroc(1 + step[p]) - masked_auroc(1 - step[p])) / 2e-5 for p in range(n)]
+    found = placements(lambda a, b: torch.tensor(z[a:b]), n, torch.tensor(groups))
+    assert found == pytest.approx(A + n * np.array(slopes), abs=1e-6) and found.mean() == pytest.approx(A, abs=1e-12)
+
+
+def test_a_preset_says_what_its_claims_are_tested_on():
+    runs, _ = world(1, 1e-5)
+    bench = runs.assign(preset="bench", auroc_masked=runs.auroc + 0.1, local_auroc_masked=runs.local_auroc + 0.1)
+    found, plain = (sweep_evidence(table).values.sort_index() for table in (bench, runs))
+    assert found.to_numpy() == pytest.approx(plain.to_numpy() + 0.1) and found.index.equals(plain.index)
+    with pytest.raises(ValueError, match="some runs have no auroc_masked, which auroc_masked needs"):
+        sweep_evidence(bench, pd.DataFrame({"arm": ["a"], "matching": "global", "fraction": 1.0, "seed": 0, "patient_id": "0", "value": 0.5}))
+
+
 def test_the_bootstrap_is_a_slow_loop():
     rng = np.random.default_rng(0)
     patients = [rng.normal(size=(3, rng.integers(1, 4))) for _ in range(7)]  # of each patient [seeds, reports]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
+from cxrvlm.matching import matrix_metrics
 from cxrvlm.retrieval import (
     cosine_scores,
     nearest,
@@ -52,6 +53,33 @@ def test_auroc_is_that_of_scikit_learn_on_the_whole_matrix(data):
     expected = roc_auc_score(own.ravel(), whole_matrix(images, texts).ravel())
     assert retrieval_auroc(images, texts) == pytest.approx(expected, abs=1e-12)
     assert retrieval_auroc(torch.tensor(images), torch.tensor(texts)) == retrieval_auroc(images, texts)
+
+
+def masked_by_loops(S, texts):
+    "The share of (own pair, pair of unequal texts) that the own pair wins; a tie is one half."
+    n = len(S)
+    negatives = [S[i, j] for i in range(n) for j in range(n) if texts[i] != texts[j]]
+    return np.mean([(S[k, k] > z) + (S[k, k] == z) / 2 for k in range(n) for z in negatives])
+
+
+@properties
+@given(pairs(), st.data(), st.integers(1, 700))
+def test_the_masked_auroc_is_that_of_a_loop(data, draw, block):
+    images, texts = data
+    reports = draw.draw(st.lists(st.sampled_from("abcd"), min_size=len(images), max_size=len(images)).filter(lambda names: len(set(names)) > 1))
+    S = whole_matrix(images, texts)
+    expected = masked_by_loops(S, reports)
+    assert retrieval_auroc(images, texts, reports, masked=True) == pytest.approx(expected, abs=1e-12)
+    assert matrix_metrics(torch.from_numpy(S), reports)["auroc_masked"] == retrieval_auroc(images, texts, reports, masked=True)
+    groups = torch.tensor(["abcd".index(name) for name in reports])
+    assert pair_auroc(lambda a, b: torch.from_numpy(S[a:b]), groups, block, masked=True) == retrieval_auroc(images, texts, reports, masked=True)
+
+
+def test_what_no_model_can_win_costs_the_masked_auroc_nothing():
+    emb, reports = np.eye(6)[[0, 0, 0, 3, 4, 5]], ["normal"] * 3 + list("abc")
+    metrics = retrieval_metrics(emb, emb, reports)
+    assert metrics["auroc"] < 1 == metrics["auroc_masked"] and masked_by_loops(emb @ emb.T, reports) == 1
+    assert retrieval_metrics(-emb, emb, reports)["auroc_masked"] == 0
 
 
 @properties
@@ -228,7 +256,7 @@ def test_metrics_survive_json_and_a_split_of_one_report():
     metrics = retrieval_metrics(emb, emb, ["normal", "nodule", "normal"])
     assert json.loads(json.dumps(metrics)) == metrics
     assert metrics["t2i_recall@10"] == 1 and metrics["n"] == 3
-    assert "auroc_dedup" not in retrieval_metrics(emb, emb, ["normal"] * 3)
+    assert not {"auroc_dedup", "auroc_masked"} & retrieval_metrics(emb, emb, ["normal"] * 3).keys()
 
 
 SCALE = """

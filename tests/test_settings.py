@@ -86,6 +86,11 @@ def test_an_unknown_key_is_named(tmp_path_factory, name):
         ("bootstrap", "0", "greater than or equal to 1"),
         ("text_heads", "3", "no multiple"),
         ("image_encoder", "", "at least 1 character"),
+        ("unpaired", "5", "0 for source = openi"),
+        ("split_sizes", "8 1", "three numbers"),
+        ("split_sizes", "8 0 3", "greater than or equal to 1"),
+        ("pair_text", "findings", "'impression' or 'findings_impression'"),
+        ("measure", "auroc_dedup", "'auroc' or 'auroc_masked'"),
     ],
 )
 def test_an_impossible_value_is_refused(tmp_path, key, value, allowed):
@@ -94,6 +99,20 @@ def test_an_impossible_value_is_refused(tmp_path, key, value, allowed):
         load_settings("demo", path)
     message = str(caught.value)
     assert key in message and allowed in message and "settings.ini" in message
+
+
+def test_sampled_pairs_are_split_into_as_many(tmp_path):
+    smoke = load_settings("smoke")
+    with pytest.raises(SettingsError, match="split_sizes: they add up to 12, and pairs = 64"):
+        replace(smoke, split_sizes="8 1 3")
+    assert replace(smoke, split_sizes="40 12 12").split_sizes == (40, 12, 12)
+
+
+def test_what_figures_show_is_in_no_digest():
+    demo, arm = load_settings("demo"), load_arm("ours")
+    assert digest(replace(demo, measure="auroc_masked"), arm) == digest(demo, arm)
+    for change in ({"pair_text": "findings_impression"}, {"split_sizes": "3000 400 420"}):
+        assert digest(replace(demo, **change), arm) != digest(demo, arm)
 
 
 def test_an_arm_is_checked_too(tmp_path):
