@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'METRICS', 'stands_for', 'finding_masks', 'widen', 'pointing', 'most_attended', 'iou_at_area', 'map_scores',
-           'oracle_map', 'oracle_scores', 'Look', 'find_looks', 'ground', 'interval', 'ground_table', 'plot_grounding',
+           'oracle_map', 'oracle_scores', 'Look', 'find_looks', 'ground', 'ground_table', 'plot_grounding',
            'read_grounding']
 
 # %% ../nbs/16b_grounding.ipynb #936d8afd
@@ -21,6 +21,7 @@ from scipy import ndimage
 from .attention import share_inside, to_pixels, word_maps
 from .encoders import DualEncoder
 from .images import to_float
+from .intervals import clustered
 from .phantom import findings_from_mesh, render
 from .studies import is_phantom, pair_texts, parse_phantom_reference, read_own
 
@@ -200,25 +201,8 @@ def ground(
     return table.assign(**{f"{name}_gain": table[name] - table[f"{name}_other"] for name in METRICS})
 
 # %% ../nbs/16b_grounding.ipynb #76e86bc3
-def interval(
-    values: pd.Series,  # one for each look; NaN is left out
-    studies: pd.Series,  # the study of each look
-    draws: int,  # resamples of the studies
-    seed: int,
-) -> tuple[float, float]:  # low and high, 95%
-    "Bootstrap interval of a mean, over studies."
-    groups = values.dropna().groupby(studies, sort=True)
-    sums, sizes = groups.sum().to_numpy(), groups.size().to_numpy()
-    if len(sizes) == 0:
-        return np.nan, np.nan
-    chosen = np.random.default_rng(seed).integers(len(sizes), size=(draws, len(sizes)))
-    means = sums[chosen].sum(1) / sizes[chosen].sum(1)
-    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
-
 def ground_table(
     scored: pd.DataFrame,  # from `ground`
-    draws: int = 1000,  # resamples of the studies
-    seed: int = 0,
     least: int = 5,  # studies that a finding needs
 ) -> pd.DataFrame:  # finding ("all" first), n studies, the means of `ground`, and _low and _high of each score and gain
     "Means per finding, with intervals over studies."
@@ -228,7 +212,7 @@ def ground_table(
         if row["n"] >= least:
             row |= rows.drop(columns=["study_id", "finding"]).mean()
             for name in [name + end for name in METRICS for end in ("", "_gain")]:
-                row[f"{name}_low"], row[f"{name}_high"] = interval(rows[name], rows.study_id, draws, seed)
+                row[f"{name}_low"], row[f"{name}_high"] = clustered(rows[name].to_numpy(float), rows.study_id.to_numpy()).interval()
         table.append(row)
     return pd.DataFrame(table, columns=["finding", "n", *(name + end for name in METRICS for end in ends)])
 

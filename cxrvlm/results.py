@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'RUN', 'SINCE', 'MEASURES', 'COLOURS', 'run_folder', 'git', 'instructions', 'computed_on', 'provenance',
            'write_result', 'result_row', 'read_runs', 'among', 'find_results', 'read_results', 'only_preset',
-           'one_data', 'by_matching', 'measure_of', 'over_seeds', 'markdown', 'markdown_table', 'paired_gains',
-           'gain_table', 'placements', 'placement_table', 'number_patients', 'read_beside', 'seed_weights',
-           'resampled_means', 'patient_sums', 'hierarchical_bootstrap', 'data_multiplier', 'multiplier_text',
-           'interval', 'arm_colours', 'plot_fractions', 'save_table', 'save_figure']
+           'one_data', 'by_matching', 'measure_of', 'over_seeds', 'markdown', 'markdown_table', 'placements',
+           'placement_table', 'number_patients', 'read_beside', 'patient_shares', 'weighted_shares', 'count_folds',
+           'paired_gains', 'gain_table', 'data_multiplier', 'multiplier_text', 'between_sizes', 'multiplier_interval',
+           'arm_colours', 'plot_fractions', 'save_table', 'save_figure']
 
 # %% ../nbs/17_results.ipynb #49fb37e8
 import json
@@ -27,14 +27,13 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from scipy import stats
 
-from .downstream import patient_weights
 from .encoders import Embedding
+from .intervals import estimate
 from .matching import local_matrix
 from .retrieval import BLOCK, cosine_scores, group_ids, map_blocks
 from .settings import Arm, Settings, digest, load_settings, preset_names
-from .studies import SPLITS, read_own, seed_from
+from .studies import SPLITS, read_own
 from .training import Progress, write_atomically
 
 # %% ../nbs/17_results.ipynb #e7842b80
@@ -126,7 +125,7 @@ def result_row(
     "One record as a flat row."
     try:
         result = json.loads(path.read_text())
-        row = {key: result[key] for key in RUN}
+        row = {key: result[key] for key in RUN} | {"fold": result["seed"] if result["settings"]["split"] == "folds" else None}
         row |= {f"{split}_pairs": result["counts"][split] for split in SPLITS}
         row |= {"limited_by_steps": None} | result["metrics"] | result["training"] | {"seconds": result["seconds"]}
         row |= {"data": result["data"], "digest": result["digest"]}
@@ -265,41 +264,6 @@ def markdown_table(
     columns["training pairs"] = [f"{p.pairs:,} ({p.fraction:.0%})" for p in points.itertuples()]
     return markdown(columns)
 
-# %% ../nbs/17_results.ipynb #d3408295
-def paired_gains(
-    runs: pd.DataFrame,  # from `read_results`
-    reference: str,  # the arm to compare with
-    metric: str | None = None,  # None: the measure of their preset
-    matching: str = "global",  # of the reference
-) -> pd.DataFrame:  # per arm, matching and fraction: mean difference, its 95% interval (low, high), seeds, and how many went up
-    "What each arm gains over a reference with the same fraction and seed."
-    only_preset(runs)  # else seeds of several would be mixed
-    rows, metric = by_matching(runs).set_index(["arm", "matching", "fraction", "seed"]), metric or measure_of(runs)
-    if metric not in rows.columns:
-        raise ValueError(f"the runs have no metric {metric!r}; they have {', '.join(map(str, rows.columns))}")
-    rows = rows[metric]
-    if (reference, matching) not in rows.index.droplevel(["fraction", "seed"]):
-        raise ValueError(f"there is no run of the arm {reference} with {matching} matching to compare with")
-    own = rows.loc[reference, matching]
-    gains = (rows - own.reindex(rows.index.droplevel([0, 1])).to_numpy()).dropna().drop((reference, matching)).rename("gain")
-    groups = gains.groupby(["arm", "matching", "fraction"])
-    table = groups.agg(mean="mean", spread="std", seeds="size", up=lambda gain: int((gain > 0).sum()))
-    half = stats.t.ppf(0.975, (table.seeds - 1).clip(lower=1)) * table.spread / table.seeds**0.5
-    table = table.assign(low=table["mean"] - half, high=table["mean"] + half)
-    return table[["mean", "low", "high", "up", "seeds"]].reset_index()
-
-# %% ../nbs/17_results.ipynb #9933e4b6
-def gain_table(
-    gains: pd.DataFrame,  # from `paired_gains`
-) -> str:
-    "The gains as a Markdown table."
-    return markdown({
-        "arm": gains.arm, "matching": gains.matching, "training pairs": [f"{f:.0%}" for f in gains.fraction],
-        "gain": [f"{g:+.3f}" for g in gains["mean"]],
-        "95% interval": ["" if math.isnan(g.low) else f"{g.low:+.3f} to {g.high:+.3f}" for g in gains.itertuples()],
-        "seeds with a gain": [f"{g.up} of {g.seeds}" for g in gains.itertuples()],
-    })
-
 # %% ../nbs/17_results.ipynb #b5999631
 def placements(
     scores: Callable[[int, int], torch.Tensor],  # scores(a, b) is [b - a, N]; own pairs on the diagonal
@@ -377,45 +341,15 @@ def read_beside(
     own = number_patients(pd.concat(own, ignore_index=True)) if own else pd.DataFrame()
     return pd.concat([own, *done], ignore_index=True)
 
-# %% ../nbs/17_results.ipynb #49bd3a2f
-def seed_weights(
-    seeds: int,  # S
-    resamples: int,  # R
-    seed: int = 0,  # of the draws
-    widen: bool = True,  # by kappa; False: the plain bootstrap
-) -> np.ndarray:  # [R, S]; rows sum to 1
-    "How much each seed counts, when seeds are drawn with replacement."
-    rng = np.random.default_rng(seed_from(seed, "seeds"))
-    share = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    if not widen or seeds == 1:
-        return share
-    kappa = stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975) * math.sqrt(seeds / (seeds - 1))
-    return 1 / seeds + kappa * (share - 1 / seeds)
-
-def resampled_means(
-    sums: np.ndarray,  # [C, S, P]: for each quantity and seed, what the reports of each patient add up to
-    reports: np.ndarray,  # [P], how many they are
-    resamples: int = 2000,  # R
-    seed: int = 0,  # of the draws
-    widen: bool = True,
-) -> np.ndarray:  # [C, R]
-    "Means over drawn seeds and patients; a draw is the same for all C quantities."
-    C, S, P = sums.shape
-    of_seeds, draws = seed_weights(S, resamples, seed, widen), []
-    blocks = patient_weights(np.arange(P), resamples, seed) if P > 1 else [np.ones((resamples, 1))]
-    for weights in blocks:  # [block, P]
-        means = sums.reshape(C * S, P) @ weights.T / (weights @ reports)
-        start = sum(part.shape[1] for part in draws)
-        draws.append(np.einsum("csr,rs->cr", means.reshape(C, S, -1), of_seeds[start : start + len(weights)]))
-    return np.concatenate(draws, axis=1)
-
 # %% ../nbs/17_results.ipynb #8bbe2276
-def patient_sums(
-    table: pd.DataFrame,  # from `read_beside(..., "placements.csv")`
+def patient_shares(
+    table: pd.DataFrame | None,  # from `read_beside(..., "placements.csv")`
     measure: str = "auroc",  # or auroc_masked
-) -> tuple[pd.DataFrame, pd.Series]:  # of each run (rows) and patient (columns); reports of each patient
-    "The contributions of each patient's reports, added up, run by run."
+) -> pd.DataFrame:  # of each run (arm, matching, fraction, seed) and patient (columns); the mean of a row is 0; empty: not known
+    "By how much each patient's reports lift the measure or lower it, run by run."
     keys, column = ["arm", "matching", "fraction", "seed"], "value" if measure == "auroc" else measure
+    if table is None or table.empty:
+        return pd.DataFrame()
     if column not in table or table[column].isna().any():
         raise ValueError(f"placements: some runs have no {column}, which {measure} needs: evaluate them again")
     groups = table.groupby([*keys, "patient_id"])[column]
@@ -425,55 +359,83 @@ def patient_sums(
         names = ", ".join(f"{key} = {value}" for key, value in zip(keys, other[0], strict=True))
         raise ValueError(f"placements: the run {names} was tested on other patients than the first; "
                          "evaluate it on the same test set")
-    return sums, counts.iloc[0]
+    reports = counts.iloc[0]
+    return (sums - np.outer(sums.sum(axis=1) / reports.sum(), reports)) / reports.mean()
 
-# %% ../nbs/17_results.ipynb #f927b4f1
-def hierarchical_bootstrap(
-    table: pd.DataFrame,  # from `read_beside(..., "placements.csv")`
-    arm: str,
-    fraction: float,
-    reference: str | None = None,  # an arm to subtract; None: the arm's own mean
-    matching: str = "global",
-    reference_matching: str | None = None,  # None: the same
-    resamples: int = 2000,
-    seed: int = 0,  # of the draws
-    widen: bool = True,  # for few seeds
-    measure: str = "auroc",  # or auroc_masked
-) -> dict:  # mean, 95% interval (low, high), seeds, patients
-    "AUROC of an arm at a fraction, or what it gains over another: over seeds and test patients."
-    sums, reports = patient_sums(table, measure)
-    runs = [(arm, matching), (reference, reference_matching or matching)][: 1 if reference is None else 2]
-    for name, way in runs:
-        if (name, way, fraction) not in sums.index.droplevel("seed"):
-            raise ValueError(f"no placements of the arm {name} with {way} matching at the fraction {fraction:g}")
-    own, *other = (sums.xs((*run, fraction)) for run in runs)
-    gain = (own - other[0]).dropna() if other else own
-    if gain.empty:
-        raise ValueError(f"{arm} and {reference} have no seed in common at the fraction {fraction:g}")
-    drawn = resampled_means(gain.to_numpy()[None], reports.to_numpy(), resamples, seed, widen)[0]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    mean = gain.to_numpy().sum() / len(gain) / reports.sum()
-    return {"mean": mean, "low": low, "high": high, "seeds": len(gain), "patients": len(reports)}
+# %% ../nbs/17_results.ipynb #17c17fab
+def weighted_shares(
+    shares: pd.DataFrame,  # from `patient_shares`
+    weights: dict[tuple[str, str, float], float],  # of arm, matching and fraction
+    seeds: Sequence[int],  # S
+) -> np.ndarray | None:  # [S, P]; None: not known of all of them
+    "The shares of a weighted sum of runs."
+    if not all((*run, seed) in shares.index for run in weights for seed in seeds):
+        return None
+    return sum(weight * shares.loc[[(*run, seed) for seed in seeds]].to_numpy() for run, weight in weights.items())
+
+# %% ../nbs/17_results.ipynb #bbd13f1d
+def count_folds(
+    runs: pd.DataFrame,  # from `read_results`
+) -> int:  # 0: their seeds share one split
+    "How many folds of a cross-validation the runs are."
+    return runs.fold.nunique() if "fold" in runs else 0
+
+# %% ../nbs/17_results.ipynb #d3408295
+def paired_gains(
+    runs: pd.DataFrame,  # from `read_results`
+    reference: str,  # the arm to compare with
+    metric: str | None = None,  # None: the measure of their preset
+    matching: str = "global",  # of the reference
+    placements: pd.DataFrame | None = None,  # from `read_beside`; None: the interval covers the seeds alone
+) -> pd.DataFrame:  # per arm, matching and fraction: mean difference, its 95% interval (low, high), seeds, and how many went up
+    "What each arm gains over a reference with the same fraction and seed."
+    only_preset(runs)  # else seeds of several would be mixed
+    rows, keys, metric = by_matching(runs), ["arm", "matching", "fraction"], metric or measure_of(runs)
+    if metric not in rows.columns:
+        raise ValueError(f"the runs have no metric {metric!r}; they have {', '.join(map(str, rows.columns))}")
+    rows, folds = rows.set_index([*keys, "seed"])[metric], count_folds(runs)
+    if (reference, matching) not in rows.index.droplevel(["fraction", "seed"]):
+        raise ValueError(f"there is no run of the arm {reference} with {matching} matching to compare with")
+    own, shares = rows.loc[reference, matching], patient_shares(None if folds else placements, metric)
+    gains = (rows - own.reindex(rows.index.droplevel([0, 1])).to_numpy()).dropna().drop((reference, matching))
+    table = []
+    for run, gain in gains.groupby(keys):
+        parts = weighted_shares(shares, {run: 1, (reference, matching, run[2]): -1}, gain.index.get_level_values("seed"))
+        found = estimate(gain.to_numpy(), parts, folds)
+        table.append([*run, found.value, *found.interval(), int((gain > 0).sum()), len(gain)])
+    return pd.DataFrame(table, columns=[*keys, "mean", "low", "high", "up", "seeds"])
+
+# %% ../nbs/17_results.ipynb #9933e4b6
+def gain_table(
+    gains: pd.DataFrame,  # from `paired_gains`
+) -> str:
+    "The gains as a Markdown table."
+    return markdown({
+        "arm": gains.arm, "matching": gains.matching, "training pairs": [f"{f:.0%}" for f in gains.fraction],
+        "gain": [f"{g:+.3f}" for g in gains["mean"]],
+        "95% interval": ["" if math.isnan(g.low) else f"{g.low:+.3f} to {g.high:+.3f}" for g in gains.itertuples()],
+        "seeds with a gain": [f"{g.up} of {g.seeds}" for g in gains.itertuples()],
+    })
 
 # %% ../nbs/17_results.ipynb #3f7e481e
 def data_multiplier(
-    fractions: np.ndarray,  # [F] of the baseline's points, rising
-    curve: np.ndarray,  # [F] or [F, R], its values
-    value: float | np.ndarray,  # or [R], what the other arm reaches
+    fractions: Sequence[float],  # [F] of the baseline's points, rising
+    curve: Sequence[float],  # [F], its values
+    value: float,  # what the other arm reaches
     used: float,  # the fraction that the other arm used
-) -> np.ndarray:  # [] or [R]; infinity: more than fractions[-1] / used; 0: less than fractions[0] / used
+) -> float:  # infinity: more than fractions[-1] / used; 0: less than fractions[0] / used
     "How many times the data a baseline needs to reach a value."
-    curve, value = np.asarray(curve, float), np.asarray(value, float)
-    log, x = np.log(np.asarray(fractions, float)), np.full(np.broadcast_shapes(curve.shape[1:], value.shape), np.inf)
-    for i in range(len(log) - 1, 0, -1):  # the last one written is the first crossing
-        here = (curve[i - 1] <= value) & (value <= curve[i])
-        rise = np.where(curve[i] > curve[i - 1], curve[i] - curve[i - 1], 1)
-        x = np.where(here, np.exp(log[i - 1] + (value - curve[i - 1]) / rise * (log[i] - log[i - 1])) / used, x)
-    return np.where(curve[0] == value, fractions[0] / used, np.where(curve[0] > value, 0.0, x))
+    if curve[0] >= value:
+        return fractions[0] / used if curve[0] == value else 0.0
+    after = next((i for i, reached in enumerate(curve) if reached >= value), None)
+    if after is None:
+        return math.inf
+    part = (value - curve[after - 1]) / (curve[after] - curve[after - 1])
+    return fractions[after - 1] * (fractions[after] / fractions[after - 1]) ** part / used
 
 def multiplier_text(
     x: float,  # from `data_multiplier`
-    fractions: np.ndarray,  # of the baseline's points, rising
+    fractions: Sequence[float],  # of the baseline's points, rising
     used: float,  # the fraction that the other arm used
 ) -> str:
     "The multiplier in words: 3.2x, more than 5x, less than 1x."
@@ -482,11 +444,30 @@ def multiplier_text(
     return f"{x:.2g}x" if x else f"less than {fractions[0] / used:.2g}x"
 
 # %% ../nbs/17_results.ipynb #b7884123
-def interval(
-    draws: np.ndarray,  # [..., R]
-) -> tuple[np.ndarray, np.ndarray]:  # [...] and [...]
-    "The middle 95% of some draws, infinities among them."
-    return tuple(np.quantile(draws, [0.025, 0.975], axis=-1, method="inverted_cdf"))
+def between_sizes(
+    fractions: Sequence[float],  # [F], rising
+    at: float,
+) -> np.ndarray:  # [F], weights of the points
+    "A curve's value at any fraction, on straight lines over log data."
+    return np.array([np.interp(np.log(at), np.log(fractions), unit) for unit in np.eye(len(fractions))])
+
+def multiplier_interval(
+    lead: Callable[[float], tuple[float, float]],  # x -> interval of the lead over a baseline with x times the data
+    fractions: Sequence[float],  # of the baseline's points, rising
+    used: float,  # the fraction that the other arm used
+) -> tuple[float, float]:  # low and high, as `data_multiplier`; NaN if the lead's are
+    "The data multipliers that the runs allow."
+    x = np.geomspace(fractions[0], fractions[-1], 101) / used
+    low, high = np.array([lead(each) for each in x]).T
+    if np.isnan(low).any():
+        return math.nan, math.nan
+
+    def crossing(end, i):
+        return x[i - 1] + (x[i] - x[i - 1]) * end[i - 1] / (end[i - 1] - end[i])
+
+    least = 0.0 if low[0] <= 0 else math.inf if low.min() > 0 else crossing(low, np.argmax(low <= 0))
+    most = math.inf if high[-1] >= 0 else 0.0 if high.max() < 0 else crossing(high, len(x) - np.argmax(high[::-1] >= 0))
+    return float(least), float(most)
 
 # %% ../nbs/17_results.ipynb #001fdd56
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B59F00")

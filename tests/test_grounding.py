@@ -16,7 +16,6 @@ from cxrvlm.grounding import (
     finding_masks,
     ground,
     ground_table,
-    interval,
     iou_at_area,
     map_scores,
     most_attended,
@@ -191,25 +190,14 @@ def test_the_other_map_is_that_of_every_other_study():
 
 def test_the_table_counts_studies_and_hides_small_numbers():
     looks = [*made_up_looks(6), Look("0", "mass", *made_up_looks(1)[0][2:])]
-    table = ground_table(ground(looks), draws=100)
+    table = ground_table(ground(looks))
     assert table.finding.tolist() == ["all", "edema", "mass"] and table.n.tolist() == [6, 6, 1]
     assert table.set_index("finding").loc["mass"].drop("n").isna().all()
     sure = table.iloc[:2]
     for name in METRICS:
         assert (sure[f"{name}_low"] <= sure[name]).all() and (sure[name] <= sure[f"{name}_high"]).all()
-    assert table.equals(ground_table(ground(looks), draws=100))  # the same on every run
+    assert table.equals(ground_table(ground(looks)))  # the same on every run
     assert ground_table(ground([])).values.tolist()[0][:2] == ["all", 0]
-
-
-def test_the_interval_takes_studies_and_not_rows():
-    values = pd.Series(np.random.default_rng(0).normal(size=30))
-    single = interval(values, pd.Series(range(30)), 1000, 0)
-    tenfold = interval(pd.concat([values] * 10, ignore_index=True), pd.Series(list(range(30)) * 10), 1000, 0)
-    assert tenfold == pytest.approx(single)  # copies of a study tell nothing new
-    standard = values.std() / 30**0.5
-    assert single[1] - single[0] == pytest.approx(2 * 1.96 * standard, rel=0.15)
-    assert interval(pd.Series([1.0, math.nan]), pd.Series(["a", "b"]), 10, 0) == (1, 1)
-    assert all(map(math.isnan, interval(pd.Series([math.nan]), pd.Series(["a"]), 10, 0)))
 
 
 def test_tables_are_read_together_and_strangers_named(tmp_path):
@@ -218,7 +206,7 @@ def test_tables_are_read_together_and_strangers_named(tmp_path):
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        table = ground_table(ground(made_up_looks(6, seed)), draws=10).assign(arm="a", fraction=1.0, seed=seed)
+        table = ground_table(ground(made_up_looks(6, seed))).assign(arm="a", fraction=1.0, seed=seed)
         table.to_csv(folder / "grounding.csv", index=False)
     assert read_grounding(tmp_path).seed.tolist() == [0, 0, 1, 1]
     assert len(read_grounding(tmp_path / "0/grounding.csv")) == 2
