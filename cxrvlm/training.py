@@ -394,19 +394,23 @@ def train(
     optimizer = build_optimizer(objective, settings)
     progress = load_checkpoint(saved, objective, optimizer, digest)
     batches = load_batches(train_set, settings, seed, progress.step, accelerator.device)
+    views = getattr(valid_set, "transform", None)  # where validation sees views, as in SimCLR, their statistics are the right ones
     name = f"{folder} ({describe_device(accelerator)})"
     bar = tqdm(total=settings.max_iterations or None, initial=progress.step, desc=name, mininterval=5)
     with bar, SummaryWriter(Path(folder) / "tensorboard", purge_step=progress.step + 1) as board:
         while not progress.finished(settings):
             start, waited = time.perf_counter(), batches.waited
             means = train_until_validation(objective, batches, optimizer, accelerator, progress, settings, seed, bar)
-            normalise_plainly(objective, train_set, settings, accelerator)
+            if not views:
+                normalise_plainly(objective, train_set, settings, accelerator)
             if progress.record(means, validate(objective, valid_set, settings, accelerator), settings.min_iterations):
                 write_atomically(saved / "best.pt", lambda path: torch.save(objective.state_dict(), path))
             progress.seconds, progress.loading = progress.seconds + time.perf_counter() - start, progress.loading + batches.waited - waited
             save_checkpoint(saved, objective, optimizer, progress, digest)
             write_history(Path(folder), progress, board)
     objective.load_state_dict(torch.load(saved / "best.pt", map_location="cpu", weights_only=True))
+    if views:
+        normalise_plainly(objective, train_set, settings, accelerator)
     objective.eval()
     return progress
 
