@@ -997,6 +997,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cxrvlm.training.train_step': ('training.html#train_step', 'cxrvlm/training.py'),
                                  'cxrvlm.training.train_until_validation': ('training.html#train_until_validation', 'cxrvlm/training.py'),
                                  'cxrvlm.training.validate': ('training.html#validate', 'cxrvlm/training.py'),
+                                 'cxrvlm.training.validate_as_seen': ('training.html#validate_as_seen', 'cxrvlm/training.py'),
                                  'cxrvlm.training.write_atomically': ('training.html#write_atomically', 'cxrvlm/training.py'),
                                  'cxrvlm.training.write_history': ('training.html#write_history', 'cxrvlm/training.py')},
             'cxrvlm.vlm': { 'cxrvlm.vlm.ContrastiveObjective': ('vlm.html#contrastiveobjective', 'cxrvlm/vlm.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['READ', 'PLAIN', 'epoch_order', 'batch_indices', 'StepSampler', 'Batches', 'load_batches', 'train_step',
            'NotFiniteError', 'read_terms', 'build_optimizer', 'set_rate', 'plain_images', 'normalise_plainly',
-           'validate', 'Progress', 'write_atomically', 'save_checkpoint', 'load_checkpoint', 'pick_device',
-           'nvidia_driver', 'start_device', 'describe_device', 'train_until_validation', 'write_history', 'train',
-           'plot_history']
+           'validate', 'validate_as_seen', 'Progress', 'write_atomically', 'save_checkpoint', 'load_checkpoint',
+           'pick_device', 'nvidia_driver', 'start_device', 'describe_device', 'train_until_validation', 'write_history',
+           'train', 'plot_history']
 
 # %% ../nbs/10_training.ipynb #2ff21762
 import itertools
@@ -217,6 +217,13 @@ def validate(
     objective.train()
     return {name: torch.stack([v[name] for v in values]).float().mean().item() for name in values[0]}
 
+# %% ../nbs/10_training.ipynb #0c95fa3e
+def validate_as_seen(objective, train_set, valid_set, settings, accelerator) -> dict[str, float]:
+    "`validate`, with the running statistics of such images as it sees."
+    if not getattr(valid_set, "transform", None):
+        normalise_plainly(objective, train_set, settings, accelerator)
+    return validate(objective, valid_set, settings, accelerator)
+
 # %% ../nbs/10_training.ipynb #acbb6448
 @dataclass
 class Progress:
@@ -401,13 +408,14 @@ def train(
         while not progress.finished(settings):
             start, waited = time.perf_counter(), batches.waited
             means = train_until_validation(objective, batches, optimizer, accelerator, progress, settings, seed, bar)
-            normalise_plainly(objective, train_set, settings, accelerator)
-            if progress.record(means, validate(objective, valid_set, settings, accelerator), settings.min_iterations):
+            found = validate_as_seen(objective, train_set, valid_set, settings, accelerator)
+            if progress.record(means, found, settings.min_iterations):
                 write_atomically(saved / "best.pt", lambda path: torch.save(objective.state_dict(), path))
             progress.seconds, progress.loading = progress.seconds + time.perf_counter() - start, progress.loading + batches.waited - waited
             save_checkpoint(saved, objective, optimizer, progress, digest)
             write_history(Path(folder), progress, board)
     objective.load_state_dict(torch.load(saved / "best.pt", map_location="cpu", weights_only=True))
+    normalise_plainly(objective, train_set, settings, accelerator)
     objective.eval()
     return progress
 
