@@ -12,7 +12,7 @@ from pathlib import Path
 from .data import is_restricted
 from .results import markdown, provenance
 from .search import Usage
-from .settings import Arm, Settings, digest
+from .settings import Arm, Settings, digest, in_arm
 from .studies import SPLITS
 from .training import write_atomically
 
@@ -80,7 +80,7 @@ def settings_section(
     arm: Arm,
 ) -> str:
     "Every setting of the arm and of the preset."
-    rows = arm.model_dump(mode="json") | settings.model_dump(mode="json", exclude={"data", "weights", "preset"})
+    rows = arm.model_dump(mode="json", exclude={"changes"}) | in_arm(settings, arm).model_dump(mode="json", exclude={"data", "weights", "preset"})
     values = [" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) for value in rows.values()]
     names = [f"`{name}`" for name in rows]
     return markdown({"setting": names, "value": [value.replace("|", "\\|") for value in values]})
@@ -130,7 +130,7 @@ def write_model_card(
     "Write README.md and usage.json into a model directory."
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no model directory: save the model first")
-    Usage.of(settings, arm).save(folder)
+    Usage.of(in_arm(settings, arm), arm).save(folder)
     text, path = card_text(settings, arm, fraction, seed, metrics, counts, data), Path(folder) / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path

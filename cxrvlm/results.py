@@ -32,7 +32,7 @@ from .encoders import Embedding
 from .intervals import estimate
 from .matching import local_matrix
 from .retrieval import BLOCK, cosine_scores, group_ids, map_blocks
-from .settings import Arm, Settings, digest, load_settings, preset_names
+from .settings import Arm, Settings, digest, in_arm, load_settings, preset_names
 from .studies import SPLITS, read_own
 from .training import Progress, write_atomically
 
@@ -90,7 +90,7 @@ def provenance(
 # %% ../nbs/17_results.ipynb #3f0189e8
 def write_result(
     folder: str | Path,  # the run's directory
-    settings: Settings,
+    settings: Settings,  # of the preset
     arm: Arm,
     fraction: float,
     seed: int,
@@ -106,6 +106,7 @@ def write_result(
         raise ValueError(f"{folder}: not a finite number: {', '.join(bad)}")
     result = {"preset": settings.preset, "arm": arm.name, "fraction": fraction, "seed": seed, "metrics": metrics}
     result |= {"counts": counts, "data": data, "digest": digest(settings, arm)}
+    settings = in_arm(settings, arm)
     result |= {"training": {"steps": progress.step, "best_step": progress.best_step, "best_valid": progress.best}}
     result["training"]["limited_by_steps"] = progress.limited_by_steps(settings, 1 - arm.alpha - arm.beta - arm.gamma)
     result |= {"seconds": round(progress.seconds, 1), "waited": round(progress.loading, 1), "provenance": provenance(accelerator)}

@@ -503,7 +503,7 @@ DECLIP = keys_of(DeCLIPSettings)
 SHARED = keys_of(DataSettings, TrainingSettings) | {"stage1_fraction"}
 USED = {
     "simclr": SHARED | keys_of(SimCLRAugmentations, Stage1Settings, but="cxrbert_") | {"image_encoder", "image_weights", "output_stride", "vlm_rotation"},
-    "cxrbert": (SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_")) - {"output_stride", "batchnorm_images", "tau"},
+    "cxrbert": (SHARED | keys_of(Stage1Settings, but="simclr_") | keys_of(EncoderSettings, but="image_")) - {"output_stride", "batchnorm_images"},
 }
 
 # %% ../nbs/00_settings.ipynb #cfaddacd
@@ -533,16 +533,16 @@ def stage_digest(
     return short_hash(f"{stage} {start} {sorted(values.items())}")
 
 def digest(
-    settings: Settings,
+    settings: Settings,  # of the preset
     arm: Arm,
 ) -> str:  # 12 hexadecimal digits
     "A digest of everything that can change what a run computes."
+    parts = [stage_digest(settings, stage) for stage, used in (("simclr", arm.adapts_image), ("cxrbert", arm.adapts_text)) if used]
     settings = in_arm(settings, arm)
-    parts = [stage for stage, used in (("simclr", arm.adapts_image), ("cxrbert", arm.adapts_text)) if used]
     unused = (set() if "local" in arm.matchings else LOCAL) | (set() if arm.declip else DECLIP) | of_others(settings)
     text = settings.model_dump_json(exclude=AROUND | STAGE1 | unused | at_default(settings))
     text += arm.model_dump_json(exclude=at_default(arm) | {"changes"})
-    return short_hash(text + " ".join(stage_digest(settings, part) for part in parts))
+    return short_hash(text + " ".join(parts))
 
 # %% ../nbs/00_settings.ipynb #a2795fb0
 def check_parameters(
