@@ -22,6 +22,7 @@ SOURCES = {
     "openi": "Reports of the Indiana University collection (Open-i), published under CC BY-NC-ND 4.0. {images}",
     "phantom": "Made-up reports and phantoms, both drawn by this package: no patient's data.",
     "mimic": "MIMIC-CXR-JPG: chest radiographs and reports under the PhysioNet Credentialed Health Data License.",
+    "medpix": "MedPix 2.0: CT and MR images with captions, whose contributors keep their rights; its repository states no licence.",
     "table": "A table of the user's own. Whoever shares the model should say here what they are and who may use them.",
 }
 RESTRICTED_NOTE = (

@@ -125,7 +125,7 @@ def result_row(
     "One record as a flat row."
     try:
         result = json.loads(path.read_text())
-        row = {key: result[key] for key in RUN}
+        row = {key: result[key] for key in RUN} | {"fold": result["seed"] if result["settings"]["split"] == "folds" else None}
         row |= {f"{split}_pairs": result["counts"][split] for split in SPLITS}
         row |= {"limited_by_steps": None} | result["metrics"] | result["training"] | {"seconds": result["seconds"]}
         row |= {"data": result["data"], "digest": result["digest"]}

@@ -223,30 +223,30 @@ class Settings(
     def fits_together(self):
         if self.text_hidden % self.text_heads:
             raise ValueError(f"text_hidden = {self.text_hidden} is no multiple of text_heads = {self.text_heads}")
-        if (self.source == "phantom") != (self.pairs > 0):
-            raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
         if self.batchnorm_images == 1:
             raise ValueError("batchnorm_images = 1: one image has no spread; use 0, or 2 and more")
+        if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
+            raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
         if list(self.fractions) != sorted(set(self.fractions)):
             raise ValueError(f"fractions = {self.fractions}: must rise")
         return self
 
     @model_validator(mode="after")
-    def suits_its_source(self):
+    def fits_its_source(self):
+        if (self.source == "phantom") != (self.pairs > 0):
+            raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
         own = {"mimic": ["folder", "official"], "table": ["patient", "column"], "medpix": ["patient", "official"]}
         splits = [*own.get(self.source, ["patient"]), "folds"]
         if self.split not in splits:
             raise ValueError(f"split = {self.split}: {' or '.join(splits)} for source = {self.source}")
-        if self.unpaired and self.source != "phantom":
-            raise ValueError(f"unpaired = {self.unpaired}: 0 for source = {self.source}, because only phantoms can be made up")
+        if self.unpaired and (self.source != "phantom" or self.split != "patient"):
+            raise ValueError(f"unpaired = {self.unpaired}: 0 for source = {self.source} and split = {self.split}, because only phantoms can be made up, and they are of no fold")
         if self.split_sizes and (self.split != "patient" or len(self.split_sizes) != 3):
             raise ValueError("split_sizes: three numbers, for training, validation and test, and only for split = patient; or leave it empty")
         if self.source == "phantom" and self.split_sizes and sum(self.split_sizes) != self.pairs:
             raise ValueError(f"split_sizes: they add up to {sum(self.split_sizes)}, and pairs = {self.pairs}; make them equal")
         if self.split == "folds" and max(self.seeds) > 4:
             raise ValueError(f"seeds = {max(self.seeds)}: with split = folds a seed is the number of a fold, 0 to 4")
-        if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
-            raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
         closed = {"mimic": "the licence of MIMIC-CXR forbids to share its reports and images",
                   "medpix": "the contributors of MedPix have not allowed to share its captions and images"}
         if self.source in closed and self.restricted == "no":

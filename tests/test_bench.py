@@ -9,6 +9,7 @@ import pytest
 
 import cxrvlm.settings
 from cxrvlm.check import check_preset
+from cxrvlm.cxrbert import ReportSections, has_both_sections
 from cxrvlm.data import load_studies, make_tokenizer
 from cxrvlm.declip import training_set
 from cxrvlm.initialisation import cxrbert_folder, simclr_folder
@@ -20,6 +21,7 @@ from cxrvlm.studies import (
     UNPAIRED,
     StudiesError,
     add_pair_text,
+    check_studies,
     only_pairs,
     pair_texts,
     patients_on_two_sides,
@@ -146,3 +148,14 @@ def test_a_run_leaves_the_masked_auroc_and_what_each_pair_adds_to_it(runs):
         for matching, prefix in prefixes.items():
             row = table.loc[arm, 1.0]
             assert means.loc[matching].tolist() == pytest.approx([row[f"{prefix}auroc"], row[f"{prefix}auroc_masked"]], abs=1e-4)
+
+
+# Studies by name
+
+
+def test_studies_that_each_patient_counts_from_1_are_refused_and_lose_stage_1_no_report(tiny):
+    visits = tiny.assign(study_id=(tiny.groupby("patient_id").cumcount() + 1).astype(str))
+    with pytest.raises(StudiesError, match=r"study '1' belongs to \d+ patients"):
+        check_studies(visits)
+    tokenizer, both = make_tokenizer(TINY, tiny), tiny[has_both_sections(tiny)]
+    assert len(ReportSections(visits, tokenizer, TINY)) == len(both.drop_duplicates(["findings", "impression"])) > visits.study_id.nunique()

