@@ -8,12 +8,12 @@ __all__ = ['ERROR', 'SMALL', 'ENOUGH', 'CHANCE', 'TEN', 'MARGIN', 'NULL_SHARE', 
            'sweep_evidence', 'read_evidence', 'read_paper', 'paper_evidence', 'Untested', 'Cell', 'by_seed', 'stack',
            'weigh', 'limits', 'chances', 'Question', 'part', 'listed', 'how_to_make', 'fractions_of', 'gains',
            'more_when_small', 'read_multiplier', 'multipliers', 'has', 'clip_or_baseline', 'Claim', 'claim',
-           'image_start', 'text_start', 'image_pair', 'text_pair', 'image_adaptation', 'text_adaptation',
-           'both_adaptations', 'image_small', 'text_small', 'local_matching', 'combined_loss', 'declip_helps',
-           'declip_adds', 'unimodal_alone', 'views_alone', 'neighbours_alone', 'share_reached', 'ten_percent_over',
-           'ten_percent', 'ten_percent_above_chance', 'ours_beats_clip', 'ten_times', 'probe_carries', 'probe_example',
-           'zero_shot_clip', 'zero_shot_biovil', 'full_data', 'pool', 'noted', 'slips_of', 'deciding', 'judge',
-           'claims_table', 'claims_markdown', 'null_or_untested']
+           'image_start', 'text_start', 'image_pair', 'text_pair', 'published_image', 'published_text',
+           'image_adaptation', 'text_adaptation', 'both_adaptations', 'image_small', 'text_small', 'local_matching',
+           'combined_loss', 'declip_helps', 'declip_adds', 'unimodal_alone', 'views_alone', 'neighbours_alone',
+           'share_reached', 'ten_percent_over', 'ten_percent', 'ten_percent_above_chance', 'ours_beats_clip',
+           'ten_times', 'probe_carries', 'probe_example', 'zero_shot_clip', 'zero_shot_biovil', 'full_data', 'pool',
+           'noted', 'slips_of', 'deciding', 'judge', 'claims_table', 'claims_markdown', 'null_or_untested']
 
 # %% ../nbs/17a_claims.ipynb #1af472f7
 import math
@@ -27,7 +27,7 @@ import pandas as pd
 
 from .intervals import Estimate, estimate
 from cxrvlm.results import (
-    between_sizes, by_matching, count_folds, data_multiplier, markdown, measure_of, multiplier_interval, multiplier_text,
+    between_sizes, by_matching, data_multiplier, fold_ratio, markdown, measure_of, multiplier_interval, multiplier_text,
     only_preset, patient_shares, read_beside, read_results, weighted_shares,
 )
 from .settings import from_root
@@ -82,7 +82,7 @@ class Evidence(NamedTuple):
     name: str  # e.g. demo
     values: pd.Series  # indexed by INDEX
     shares: pd.DataFrame  # from `patient_shares`, indexed by INDEX without the measure; empty: unknown
-    folds: int = 0  # of a cross-validation; 0: seeds
+    ratio: float = 0.0  # from `fold_ratio`; 0: the runs are seeds, not folds
     printed: bool = False  # does it come from the paper?
     rounding: float = 0.0  # a printed number is known to within this, either way
     slips: dict[tuple[str, str, float], str] = {}  # of measure, arm and fraction: what the paper says elsewhere
@@ -95,7 +95,7 @@ def sweep_evidence(
     measure: str | None = None,  # a column of the runs; None: the measure of their preset
 ) -> Evidence:
     "What a sweep of one preset has to say."
-    name, measure, folds, retrieved = only_preset(runs), measure or measure_of(runs), count_folds(runs), by_matching(runs)
+    name, measure, ratio, retrieved = only_preset(runs), measure or measure_of(runs), fold_ratio(runs), by_matching(runs)
     if measure not in retrieved:
         raise ValueError(f"the runs of {name} have no column {measure!r}: evaluate them again, or choose another measure")
     rows = [retrieved.assign(measure="retrieval", value=retrieved[measure])[[*INDEX, "value"]]]
@@ -103,10 +103,10 @@ def sweep_evidence(
         means = downstream[downstream.label == "mean"].assign(matching="global")
         rows.append(means.rename(columns={"task": "measure", "balanced_accuracy": "value"})[[*INDEX, "value"]])
     values = pd.concat(rows, ignore_index=True).replace({"arm": ALIASES}).dropna(subset="value")
-    shares = patient_shares(None if folds else placements, measure)
+    shares = patient_shares(None if ratio else placements, measure)
     if len(shares):
         shares = shares.rename(index=ALIASES, level="arm").loc[lambda table: ~table.index.duplicated()]
-    return Evidence(name, values.drop_duplicates(INDEX).set_index(INDEX).value.sort_index(), shares, folds)
+    return Evidence(name, values.drop_duplicates(INDEX).set_index(INDEX).value.sort_index(), shares, ratio)
 
 def read_evidence(
     root: str | Path,  # as for `read_results`
@@ -176,7 +176,7 @@ def weigh(
     "A weighted sum of cells."
     used = {cell: weight for cell, weight in weights.items() if weight}
     (values, shares), row = stack(evidence, list(used)), np.array([*used.values()])
-    return estimate(constant + row @ values, None if shares is None else np.tensordot(row, shares, 1), evidence.folds)
+    return estimate(constant + row @ values, None if shares is None else np.tensordot(row, shares, 1), evidence.ratio)
 
 # %% ../nbs/17a_claims.ipynb #9dfd263d
 def limits(
@@ -310,7 +310,7 @@ def read_multiplier(
 
     def lead(times):
         row = np.array([1, *-between_sizes(grid, used * times)])
-        found = estimate(row @ values, None if shares is None else np.tensordot(row, shares, 1), evidence.folds)
+        found = estimate(row @ values, None if shares is None else np.tensordot(row, shares, 1), evidence.ratio)
         return limits(evidence, found, dict(zip(cells, row, strict=True)))
 
     value, *curve = values.mean(axis=1)
@@ -403,6 +403,17 @@ def text_pair(evidence):
     papers, own = ("text-cxrbert", "text-cxrbert-general"), ("adapted-text", "baseline")
     better, worse = own if has(evidence, "retrieval", *own) and not has(evidence, "retrieval", *papers) else papers
     return (better, G), (worse, G)
+
+# %% ../nbs/17a_claims.ipynb #6ae991af
+@claim("section 3, figure 3a", EVERY)
+def published_image(evidence):
+    "Image encoder: published weights are a better start than random ones, whatever the text encoder starts from."
+    return gains(evidence, "retrieval", (("start-image", G), ("start-random", G)), (("start-both", G), ("start-text", G)))
+
+@claim("beyond the paper, which has no random text encoder", EVERY)
+def published_text(evidence):
+    "Text encoder: published weights are a better start than random ones, whatever the image encoder starts from."
+    return gains(evidence, "retrieval", (("start-text", G), ("start-random", G)), (("start-both", G), ("start-image", G)))
 
 # %% ../nbs/17a_claims.ipynb #07982c9f
 @claim("section 3, figure 3a", EVERY)
@@ -613,7 +624,7 @@ def judge(
     word = verdict(parts, claim.exceptions)
     decides = deciding(parts, word)
     at = "" if np.isnan(decides.fraction) else f" at {decides.fraction:.0%}"
-    seeds = "" if decides.seeds == 1 else f", {decides.seeds} {'folds' if evidence.folds else 'seeds'}"
+    seeds = "" if decides.seeds == 1 else f", {decides.seeds} {'folds' if evidence.ratio else 'seeds'}"
     means = "; ".join(f"{each.what}: {each.shown}" if {*pooled.what} != {decides.what} else each.shown for each in pooled.itertuples())
     row |= {"verdict": word, "value": f"{decides.what}: {decides.shown}{at}{seeds}", "pooled": means}
     return row | {"note": noted(evidence, parts, pooled), "slips": slips_of(evidence, asked)}, parts

@@ -47,13 +47,13 @@ def variance_components(
 def standard_error(
     values: np.ndarray,  # [..., S], one for each seed or fold; pairs of runs: their differences
     shares: np.ndarray | None = None,  # [..., S, P], what each patient contributes; None: unknown
-    folds: int = 0,  # K of a cross-validation; 0: the runs are seeds
+    ratio: float = 0.0,  # of test to training cases in a fold of a cross-validation; 0: the runs are seeds
 ) -> np.ndarray:  # [...]; NaN for one run
     "How far the mean of some runs may be off."
     S = values.shape[-1]
     if S < 2:
         return np.full(values.shape[:-1], np.nan)
-    variance = values.var(-1, ddof=1) * (1 / S + (1 / (folds - 1) if folds else 0))
+    variance = values.var(-1, ddof=1) * (1 / S + ratio)
     if shares is not None and shares.shape[-1] > 1:
         patients, rest = variance_components(shares)
         variance = variance + np.maximum(0, patients - rest / S) / shares.shape[-1]
@@ -62,10 +62,10 @@ def standard_error(
 def estimate(
     values: np.ndarray,  # [S]
     shares: np.ndarray | None = None,  # [S, P]
-    folds: int = 0,
+    ratio: float = 0.0,
 ) -> Estimate:
     "The mean of some runs as in `standard_error`."
-    return Estimate(float(values.mean()), float(standard_error(values, shares, folds)), len(values))
+    return Estimate(float(values.mean()), float(standard_error(values, shares, ratio)), len(values))
 
 # %% ../nbs/15b_intervals.ipynb #89d17cd4
 def clustered(

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'RUN', 'SINCE', 'MEASURES', 'COLOURS', 'run_folder', 'git', 'instructions', 'computed_on', 'provenance',
            'write_result', 'result_row', 'read_runs', 'among', 'find_results', 'read_results', 'only_preset',
            'one_data', 'by_matching', 'measure_of', 'over_seeds', 'markdown', 'markdown_table', 'placements',
-           'placement_table', 'number_patients', 'read_beside', 'patient_shares', 'weighted_shares', 'count_folds',
+           'placement_table', 'number_patients', 'read_beside', 'patient_shares', 'weighted_shares', 'fold_ratio',
            'paired_gains', 'gain_table', 'data_multiplier', 'multiplier_text', 'between_sizes', 'multiplier_interval',
            'arm_colours', 'plot_fractions', 'save_table', 'save_figure']
 
@@ -33,7 +33,7 @@ from .intervals import estimate
 from .matching import local_matrix
 from .retrieval import BLOCK, cosine_scores, group_ids, map_blocks
 from .settings import Arm, Settings, digest, in_arm, load_settings, preset_names
-from .studies import SPLITS, read_own
+from .studies import FOLDS, SPLITS, read_own
 from .training import Progress, write_atomically
 
 # %% ../nbs/17_results.ipynb #e7842b80
@@ -126,7 +126,7 @@ def result_row(
     "One record as a flat row."
     try:
         result = json.loads(path.read_text())
-        row = {key: result[key] for key in RUN} | {"fold": result["seed"] if result.get("settings", {}).get("split") == "folds" else None}
+        row = {key: result[key] for key in RUN}
         row |= {f"{split}_pairs": result["counts"][split] for split in SPLITS}
         row |= {"limited_by_steps": None} | result["metrics"] | result["training"] | {"seconds": result["seconds"]}
         row |= {"data": result["data"], "digest": result["digest"]}
@@ -375,11 +375,13 @@ def weighted_shares(
     return sum(weight * shares.loc[[(*run, seed) for seed in seeds]].to_numpy() for run, weight in weights.items())
 
 # %% ../nbs/17_results.ipynb #bbd13f1d
-def count_folds(
-    runs: pd.DataFrame,  # from `read_results`
-) -> int:  # 0: their seeds share one split
-    "How many folds of a cross-validation the runs are."
-    return runs.fold.nunique() if "fold" in runs else 0
+def fold_ratio(
+    runs: pd.DataFrame,  # with the column preset
+) -> float:  # of test to training cases; 0: their seeds share one split
+    "What `standard_error` needs to know of runs that are folds."
+    known = preset_names()
+    folds = {load_settings(name).split == "folds" for name in runs.preset.unique() if name in known}
+    return 1 / (FOLDS - 2) if True in folds else 0.0
 
 # %% ../nbs/17_results.ipynb #d3408295
 def paired_gains(
@@ -394,15 +396,15 @@ def paired_gains(
     rows, keys, metric = by_matching(runs), ["arm", "matching", "fraction"], metric or measure_of(runs)
     if metric not in rows.columns:
         raise ValueError(f"the runs have no metric {metric!r}; they have {', '.join(map(str, rows.columns))}")
-    rows, folds = rows.set_index([*keys, "seed"])[metric], count_folds(runs)
+    rows, ratio = rows.set_index([*keys, "seed"])[metric], fold_ratio(runs)
     if (reference, matching) not in rows.index.droplevel(["fraction", "seed"]):
         raise ValueError(f"there is no run of the arm {reference} with {matching} matching to compare with")
-    own, shares = rows.loc[reference, matching], patient_shares(None if folds else placements, metric)
+    own, shares = rows.loc[reference, matching], patient_shares(None if ratio else placements, metric)
     gains = (rows - own.reindex(rows.index.droplevel([0, 1])).to_numpy()).dropna().drop((reference, matching))
     table = []
     for run, gain in gains.groupby(keys):
         parts = weighted_shares(shares, {run: 1, (reference, matching, run[2]): -1}, gain.index.get_level_values("seed"))
-        found = estimate(gain.to_numpy(), parts, folds)
+        found = estimate(gain.to_numpy(), parts, ratio)
         table.append([*run, found.value, *found.interval(), int((gain > 0).sum()), len(gain)])
     return pd.DataFrame(table, columns=[*keys, "mean", "low", "high", "up", "seeds"])
 

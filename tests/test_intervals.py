@@ -99,18 +99,18 @@ def ridge(x, y, train, test):
     return least - shrunk
 
 
-@pytest.mark.parametrize("folds", [3, 5, 10])
+@pytest.mark.parametrize("folds", [5, 10])
 @pytest.mark.parametrize("learner", [one_feature, ridge])
 def test_folds_of_a_learner(learner, folds):
-    "The truth is the mean over many data sets of the size that a fold trains on."
+    "One fold is tested, the next validates, the others train. The truth is the mean over many data sets."
     rng, cases, width, gains = np.random.default_rng(folds), 120, 8, []
     truth, parts = rng.normal(0, 0.25, width), np.array_split(np.arange(cases), folds)
     for _ in range(1000):
         x = rng.normal(size=(cases, width))
         y = x @ truth + rng.normal(size=cases)
-        gains.append([learner(x, y, np.setdiff1d(np.arange(cases), part), part) for part in parts])
+        gains.append([learner(x, y, np.setdiff1d(np.arange(cases), np.append(part, after)), part) for part, after in zip(parts, parts[1:] + parts[:1], strict=True)])
     gains, t = np.array(gains), Estimate(0, 1.0, folds).half()
-    corrected, plain = (np.mean(np.abs(gains.mean(1) - gains.mean()) <= t * standard_error(gains, folds=K)) for K in (folds, 0))
+    corrected, plain = (np.mean(np.abs(gains.mean(1) - gains.mean()) <= t * standard_error(gains, ratio=ratio)) for ratio in (1 / (folds - 2), 0))
     print(f"{learner.__name__}, {folds} folds: {corrected:.3f} with the correction, {plain:.3f} as if they were seeds")
     assert corrected > 0.93
     if learner is one_feature:
