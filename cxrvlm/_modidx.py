@@ -787,6 +787,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cxrvlm.settings.preset_names': ('settings.html#preset_names', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.prompts': ('settings.html#prompts', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.read_ini': ('settings.html#read_ini', 'cxrvlm/settings.py'),
+                                 'cxrvlm.settings.refuse_cuts': ('settings.html#refuse_cuts', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.refuse_names': ('settings.html#refuse_names', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.replace': ('settings.html#replace', 'cxrvlm/settings.py'),
                                  'cxrvlm.settings.short_hash': ('settings.html#short_hash', 'cxrvlm/settings.py'),
