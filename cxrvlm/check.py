@@ -13,7 +13,6 @@ __all__ = ['BITS', 'SAME', 'NEAR', 'SPREAD', 'MARKS', 'Remark', 'Report', 'hash_
 import io
 import json
 import os
-import unicodedata
 import warnings
 from collections import Counter
 from contextlib import redirect_stderr
@@ -223,12 +222,7 @@ def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFra
 
 # %% ../nbs/07b_check.ipynb #5b8bddb2
 def ask_about_ids(report: Report, studies: pd.DataFrame) -> None:
-    "Patients whose names differ by so little that they may be the same, and one that may be nobody's name."
-    patients = pd.Series(studies.patient_id.unique())
-    plain = patients.map(lambda name: unicodedata.normalize("NFKC", name).casefold()).str.replace(r"^0+(?=\d)|\.0+$|\s|(?<=\d)[,'](?=\d{3}(?!\d))", "", regex=True)
-    alike = patients[plain.duplicated(keep=False)]
-    if len(alike):
-        report.add("warning", "patients", f"ids that differ only in zeros, blanks, commas or capitals: {some(sorted(alike))}. If they are the same patient, write them alike")
+    "A patient's name that may be nobody's."
     pairs = studies.patient_id.value_counts()
     if pairs.iloc[0] >= max(10, len(studies) / 10):
         report.add("warning", "patients", f"{pairs.index[0]!r} has {pairs.iloc[0]} of {len(studies)} pairs. If that stands for patients without a name, leave the cells empty")

@@ -75,7 +75,7 @@ def test_a_good_table_has_no_error(home):
     ("images", "error", "there is no such file", {"image": {4: "gone.png"}}),
     ("images", "error", "unusable: 60 of 90; a run stops, for unreadable = 0.01", {"image": {n: f"gone{n}.png" for n in range(60)}}),
     ("images", "warning", "files that belong to more than one study: 1", {"image": {6: "05.png"}, "study_id": {n: f"s{n}" for n in range(90)}}),
-    ("patients", "warning", "P05, p05", {"patient_id": {6: "P05"}}),
+    ("table", "warning", "P05, p05", {"patient_id": {6: "P05"}}),
     ("table", "error", "1,234 in row 8 is there without its commas too", {"patient_id": {6: "1,234", 7: "1234"}}),
     ("reports", "note", "reports with the words of another: 3 of 90", {"report": {7: "Clear.", 8: "clear.", 9: "Clear."}}),
     ("reports", "error", "all reports have the same words", {"report": {n: "Clear." for n in range(90)}}),
@@ -94,6 +94,11 @@ def test_each_fault_is_found(home, about, level, words, changes):
     found = [remark for remark in report.remarks if remark.about == about and words in remark.text]
     assert [remark.level for remark in found] == [level], as_text(report)
     assert report.ok == (level != "error") and json.loads(as_json(report))["ok"] == report.ok
+
+
+def test_a_heading_that_was_missed_is_counted_in_rows_that_are_left_out_too(home):
+    report = check(home, table(report={3: "FINDINGS: Clear. Assessment: Normal.", 4: "Beurteilung\nKein Erguss."}))
+    assert any("2 look as if they held a heading that was not found (row 5, row 6), 1 of them left out" in remark.text for remark in report.remarks)
 
 
 def test_no_report_is_shown(home):
