@@ -148,7 +148,7 @@ def changed_pictures(
         return ""
     refs = json.loads((folder / name / "index.json").read_text(encoding="utf-8"))["refs"]
     changed, now = changed_files(folder / name, refs, None)
-    return short_hash(str([(refs[row], now[row].item()[:2]) for row in np.flatnonzero(changed)])) if changed.any() else ""
+    return short_hash(str([(refs[row], now[row].item()[:4]) for row in np.flatnonzero(changed)])) if changed.any() else ""
 
 # %% ../nbs/07a_data.ipynb #51ef5e7c
 def watch_source(
