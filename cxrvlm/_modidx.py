@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cxrvlm.dicom.mend_window': ('dicom.html#mend_window', 'cxrvlm/dicom.py'),
                               'cxrvlm.dicom.padding': ('dicom.html#padding', 'cxrvlm/dicom.py'),
                               'cxrvlm.dicom.read_dicom': ('dicom.html#read_dicom', 'cxrvlm/dicom.py'),
+                              'cxrvlm.dicom.refuse_no_numbers': ('dicom.html#refuse_no_numbers', 'cxrvlm/dicom.py'),
                               'cxrvlm.dicom.stored_values': ('dicom.html#stored_values', 'cxrvlm/dicom.py'),
                               'cxrvlm.dicom.without_empty': ('dicom.html#without_empty', 'cxrvlm/dicom.py')},
             'cxrvlm.download': { 'cxrvlm.download.DownloadError': ('download.html#downloaderror', 'cxrvlm/download.py'),
