@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cxrvlm.check.ask_about_reports': ('check.html#ask_about_reports', 'cxrvlm/check.py'),
                               'cxrvlm.check.ask_about_sides': ('check.html#ask_about_sides', 'cxrvlm/check.py'),
                               'cxrvlm.check.ask_about_stages': ('check.html#ask_about_stages', 'cxrvlm/check.py'),
+                              'cxrvlm.check.ask_about_weights': ('check.html#ask_about_weights', 'cxrvlm/check.py'),
                               'cxrvlm.check.ask_about_words': ('check.html#ask_about_words', 'cxrvlm/check.py'),
                               'cxrvlm.check.check_preset': ('check.html#check_preset', 'cxrvlm/check.py'),
                               'cxrvlm.check.check_table': ('check.html#check_table', 'cxrvlm/check.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BITS', 'SAME', 'NEAR', 'SPREAD', 'MARKS', 'Remark', 'Report', 'hash_square', 'inspect_image', 'inspect_images',
            'near_pairs', 'hash_store', 'some', 'ask_about_images', 'ask_about_sides', 'smallest_gain',
-           'ask_about_counts', 'stage_sets', 'ask_about_stages', 'ask_about_ids', 'tie_ceiling', 'ask_about_reports',
-           'length_advice', 'ask_about_length', 'ask_about_words', 'ask_about_labels', 'read_for_check',
-           'split_for_check', 'look_at_all', 'check_table', 'check_preset', 'as_text', 'as_json']
+           'ask_about_counts', 'stage_sets', 'ask_about_stages', 'ask_about_weights', 'ask_about_ids', 'tie_ceiling',
+           'ask_about_reports', 'length_advice', 'ask_about_length', 'ask_about_words', 'ask_about_labels',
+           'read_for_check', 'split_for_check', 'look_at_all', 'check_table', 'check_preset', 'as_text', 'as_json']
 
 # %% ../nbs/07b_check.ipynb #712a0cd3
 import io
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from .images import ImageStore, decode, to_gray, to_square
 from .phantom import render_reference
 from .settings import Settings, from_root, load_arm
+from .weights import own_weights
 from cxrvlm.studies import (
     SPLITS, is_phantom, label_columns, nested_fraction, patients_on_two_sides, read_table, split_by_patient,
 )
@@ -220,6 +221,23 @@ def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFra
                 both = " with findings and impression" * (stage == "cxrbert" and settings.cxrbert_rsm > 0)
                 report.add(level, about, f"{what}{both} for {side}: {len(part)}. A batch has {size}: lower {stage}_batch_size, or add pairs")
 
+# %% ../nbs/07b_check.ipynb #20828557
+def ask_about_weights(report: Report, studies: pd.DataFrame, settings: Settings, level: str) -> None:
+    "Weights and vocabularies that the arms of the preset need: are they there, and do the user's own fit?"
+    from cxrvlm.data import make_tokenizer
+    from cxrvlm.initialisation import build_model, missing_weights
+    about, missing = f"weights of {settings.preset}", {name: missing_weights(settings, load_arm(name)) for name in settings.arms}
+    none_left = all(missing.values())
+    for sentence in dict.fromkeys(sentence for sentences in missing.values() for sentence in sentences):
+        arms = some([name for name, sentences in missing.items() if sentence in sentences])
+        report.add(level if none_left else "warning", about, f"{sentence}. Arms that need it: {arms}")
+    if own_weights(settings) and not none_left:
+        try:
+            with redirect_stderr(io.StringIO()):  # the progress of loading
+                build_model(settings, load_arm("baseline"), make_tokenizer(settings, studies), 0)
+        except (ValueError, OSError, RuntimeError) as error:
+            report.add(level, about, str(error))
+
 # %% ../nbs/07b_check.ipynb #5b8bddb2
 def ask_about_ids(report: Report, studies: pd.DataFrame) -> None:
     "A patient's name that may be nobody's."
@@ -357,6 +375,7 @@ def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings, named
     readable = studies[studies.image.map(seen.reason.isna())]
     ask_about_counts(report, readable, settings.batch_size)
     ask_about_stages(report, studies, readable, settings, "error" if named else "warning")
+    ask_about_weights(report, studies, settings, "error" if named else "warning")
     ask_about_images(report, studies, seen, settings)
     ask_about_sides(report, studies, seen)
     ask_about_ids(report, studies)

@@ -250,3 +250,27 @@ def test_what_stage_1_lacks_is_an_error_where_the_preset_was_named(home):
     large = replace(SMOKE, simclr_batch_size=1000)
     levels = {named: [r.level for r in check_table(home / "mine.csv", large, named=named).remarks if r.about.startswith("stage 1")] for named in (True, False)}
     assert set(levels[True]) == {"error"} and set(levels[False]) == {"warning"}
+
+
+@pytest.mark.parametrize(("changes", "level"), [({"text_encoder": "nobody/nothing", "tokenizer": "nobody/nothing"}, "error"), ({"image_weights": "gone.pt"}, "error"),
+                                                ({"arms": ("baseline", "text-clinicalbert")}, "warning")])
+def test_weights_that_are_not_there_are_said_before_the_run_says_it(home, monkeypatch, tmp_path, changes, level):
+    monkeypatch.setattr("cxrvlm.weights.reachable", lambda url: False)
+    table().to_csv(home / "mine.csv", index=False)
+    settings = replace(SMOKE, weights=str(tmp_path), **changes)
+    report = check_table(home / "mine.csv", settings)
+    assert [remark.level for remark in report.remarks if remark.about == "weights of smoke"] == [level] and report.ok == (level == "warning")
+    assert check_table(home / "mine.csv", settings, named=False).ok
+
+
+@pytest.mark.parametrize(("key", "words"), [("image_weights", "does not fit image_encoder = resnet18"), ("text_encoder", "config.json"), ("tokenizer", "make no tokenizer")])
+def test_weights_of_ones_own_that_do_not_fit_are_said(home, tmp_path, key, words):
+    import torch
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "own.pt")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/tokenizer.json").write_text("{}")
+    (tmp_path / "own/config.json").write_text('{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 300}')
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "own/pytorch_model.bin")
+    table().to_csv(home / "mine.csv", index=False)
+    report = check_table(home / "mine.csv", replace(SMOKE, **{key: str(tmp_path / ("own.pt" if key == "image_weights" else "own"))}))
+    assert [remark.text for remark in report.remarks if remark.about == "weights of smoke" and words in remark.text and remark.level == "error"]
