@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'HEADERS', 'HEADER', 'MAIN', 'NEARLY', 'FILM', 'HAS_HEADINGS', 'BREAKS', 'TAGS', 'SPACES', 'HIDDEN',
-           'ESCAPES', 'NAME', 'FIRST', 'COLON', 'FRONT', 'STOP', 'INSIDE', 'AT_START', 'READ_AS', 'OTHERS', 'MISSED',
-           'ALONE', 'SHOUTED', 'plain_name', 'section_of', 'read_line', 'split_sections', 'tidy', 'spelled',
-           'begins_here', 'as_heading', 'lay_out', 'find_sections', 'misses_heading', 'is_blank']
+           'ESCAPES', 'ALIASES', 'MEANING', 'NAME', 'FIRST', 'COLON', 'FRONT', 'STOP', 'INSIDE', 'AT_START', 'READ_AS',
+           'OTHERS', 'NAMES', 'MISSED', 'GARBLED', 'ALONE', 'SHOUTED', 'plain_name', 'section_of', 'read_line',
+           'split_sections', 'tidy', 'spelled', 'begins_here', 'as_heading', 'lay_out', 'find_sections',
+           'misses_heading', 'is_blank']
 
 # %% ../nbs/01_reports.ipynb #db138375
 import difflib
@@ -124,8 +125,15 @@ def spelled(name: str) -> str:
     parts = [[re.escape(word) + r"(?:s|\(s\))?" for word in part.split()] for part in name.split(" and ")]
     return r"(?:[ \t]*[/&][ \t]*|[ \t]+and[ \t]+)".join(r"[ \t]+".join(words) for words in parts)
 
-NAME = "|".join(spelled(name) for name in sorted(HEADERS, key=len, reverse=True))
-FIRST, COLON = "(?:finding|impression|conclusion)s?", r"[ \t]*[\])】>*_}]*[ \t]*[:：﹕∶]"
+ALIASES = {
+    "FINDINGS": ["befund", "befunde", "hallazgos", "résultat", "resultat", "bevindingen", "achados", "reperti", "所见", "所見"],
+    "IMPRESSION": ["imp", "imp.", "impr", "impr.", "assessment", "assessment and plan", "a and p", "interpretation", "beurteilung", "bewertung", "zusammenfassung", "interprétation",
+                   "impresión", "impresion", "impresión diagnóstica", "impresion diagnostica", "conclusión", "conclusiones", "conclusão", "impressão", "impressione", "conclusione",
+                   "conclusioni", "conclusie", "beoordeling", "印象", "结论", "結論", "诊断", "診断"],
+}
+MEANING = {plain_name(name): section for section, names in ALIASES.items() for name in names}
+NAME = "|".join(spelled(name) for name in sorted([*HEADERS, *MEANING], key=len, reverse=True))
+FIRST, COLON = "(?:finding|impression|conclusion)s?", r"(?:[ \t]*\([^()\n:]{1,20}\))?[ \t]*[\])】>*_}]*[ \t]*[:：﹕∶]"
 FRONT = r"(?:[ \t>#*_=•·\[(【<{|-]|\(?(?:\d{1,2}|[ivx]{1,4}|[a-h])[.)])*+"
 STOP = r"(?:(?<=[.!?;:)\]|*])|(?<=[.!?;:)\]|*] )|(?<=  )|(?<=\t))(?:\(?\d{1,2}[.)][ \t]*|[(*#_\[【]+[ \t]*)?"
 INSIDE = re.compile(rf"(?i){STOP}(?:{NAME}){COLON}|[\[【](?:{NAME})[\]】]|(?<![\w(*_\[-])[(*_\[]*(?P<bare>{NAME}){COLON}")
@@ -145,7 +153,7 @@ def begins_here(
 
 
 # %% ../nbs/01_reports.ipynb #d13909a7
-AT_START = re.compile(rf"(?im)^(?P<front>{FRONT})(?P<name>{NAME})[ \t]*[\])】>*_}}]*(?:[ \t]*(?P<colon>[:：﹕∶]+[*_]*)|[ \t]+[-–—]+(?=\s)|[–—]|[ \t]*$|(?<=[\]】*]))")
+AT_START = re.compile(rf"(?im)^(?P<front>{FRONT})(?P<name>{NAME})(?:[ \t]*\([^()\n:]{{1,20}}\)(?=[ \t*_]*[:：﹕∶]))?[ \t]*[\])】>*_}}]*(?:[ \t]*(?P<colon>[:：﹕∶]+[*_]*)|[ \t]+[-–—]+(?=\s)|[–—]|[ \t]*$|(?<=[\]】*]))")
 
 def as_heading(
     found: re.Match,  # of AT_START
@@ -154,7 +162,7 @@ def as_heading(
     name, before = found["name"], found.string[: found.start()].rstrip()
     first = re.fullmatch(FIRST, name, re.IGNORECASE) and before[-1:] in ("", ".", ":", "!", "?")
     if found["colon"] or name[0].isupper() or found["front"].strip() or first:
-        return f"{' '.join(name.upper().split())}: "
+        return f"{MEANING.get(plain_name(' '.join(name.split())), ' '.join(name.upper().split()))}: "
     return found[0]
 
 def lay_out(
@@ -165,6 +173,7 @@ def lay_out(
     text = re.sub(r"(?m)^[ \t]*([=*~-])\1{2,}[ \t]*$", "", text)  # lines under Markdown's headings
     if text.isupper():
         text = re.sub(rf"(?i)\b{FIRST}{COLON}", lambda found: "\n" + found[0], text)
+    text = re.sub(r"(?<!AND )(?<![/&] )\b(FINDINGS|IMPRESSION|CONCLUSION)[ \t]+(?=(?:\d[.)] )?[A-Z][a-z])", r"\n\1: ", text)  # a colon was lost
     return AT_START.sub(as_heading, INSIDE.sub(begins_here, text))
 
 # %% ../nbs/01_reports.ipynb #7aaed319
@@ -172,8 +181,11 @@ READ_AS = ["with headings at the start of lines", "with headings inside lines or
 OTHERS = (r"assessments?|interpretations?|results|diagnos[ie]s|befunde?|beurteilung|bewertung|zusammenfassung|schlussfolgerung|ergebnisse?|diagnosen?|fazit|r[ée]sultats?|"
           r"interpr[ée]tation|synth[èe]se|impression diagnostique|hallazgos?|impresi[oó]n(?:es)?(?: diagn[oó]stica)?|conclusi[oó]n(?:es)?|valoraci[oó]n|interpretaci[oó]n|"
           r"diagn[oó]stico|juicio cl[ií]nico|resultados?|achados|conclus(?:[aã]o|[oõ]es)|impress[aã]o|referto|reperti|conclusioni?|impressione|bevindingen|conclusie|beoordeling")
-MISSED = re.compile(rf"(?i)\b(?:findings?|impressions?|conclusions?|{OTHERS})[\])*_ \t]*[:：﹕∶]|(?:所見|所见|診断|诊断|印象|结论|結論)[】\])*_ \t]*[:：]?")
-ALONE = re.compile(rf"(?im)^{FRONT}(?:{OTHERS})[\])*_ \t]*$")
+NAMES = rf"findings?|impr?(?:essions?|\.)?|conclusions?|a ?/ ?p|{OTHERS}"
+MISSED = re.compile(rf"(?i)\b(?:{NAMES})(?:[ \t]*(?:and|&|/)[ \t]*\w+|[ \t]*\([^()\n]{{1,20}}\))?[\])*_ \t]*[:：﹕∶]|(?:所見|所见|診断|诊断|印象|结论|結論)[】\])*_ \t]*[:：]?"
+                    r"|(?-i:\b(?:FINDINGS|IMPRESSION|CONCLUSION)\b[ \t]+[A-Z][a-z])")
+GARBLED = re.compile("\ufffd|[ÃÂ][\u0080-\u00bf‚„…†‡ˆ‰Š‹Œ‘’“”•–—˜™š›œžŸƒ]|â€|(?<=[a-z])\\?(?=[a-z])")
+ALONE = re.compile(rf"(?im)^{FRONT}(?:{OTHERS})(?:[ \t]*(?:and|&|/)[ \t]*\w+)?[\])*_ \t]*$")
 SHOUTED = re.compile(r"(?:^|[.!?]\s+)[^\W\d_a-z][^\W\d_a-z /&-]{3,40}[:：]")
 
 def find_sections(
@@ -195,7 +207,7 @@ def misses_heading(
     silent = is_blank(sections.get("impression", ""))
     kept = "\n".join(words for name, words in sections.items() if silent or name in ("report", "findings", "impression"))
     shouted = (silent or way == READ_AS[2]) and SHOUTED.search(kept)
-    return bool(MISSED.search(kept) or shouted or ALONE.search(tidy(text)))
+    return bool(MISSED.search(kept) or shouted or ALONE.search(lay_out(text)))
 
 # %% ../nbs/01_reports.ipynb #6945beed
 def is_blank(

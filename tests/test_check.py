@@ -97,7 +97,7 @@ def test_each_fault_is_found(home, about, level, words, changes):
 
 
 def test_a_heading_that_was_missed_is_counted_in_rows_that_are_left_out_too(home):
-    report = check(home, table(report={3: "FINDINGS: Clear. Assessment: Normal.", 4: "Beurteilung\nKein Erguss."}))
+    report = check(home, table(report={3: "FINDINGS: Clear. Results: normal.", 4: "Diagnosis\nNormal."}))
     assert any("2 look as if they held a heading that was not found (row 5, row 6), 1 of them left out" in remark.text for remark in report.remarks)
 
 

@@ -173,6 +173,16 @@ def test_an_element_that_is_no_number_is_named_and_not_quoted(tmp_path, name, va
     assert value not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "shape", "reason"), [("MONOCHROME1", "INVERSE", ""), ("MONOCHROME2", "IDENTITY", ""), ("MONOCHROME1", "IDENTITY", "low numbers are white"), ("MONOCHROME2", "INVERSE", "low numbers are white")])
+def test_elements_that_contradict_each_other_are_not_guessed_at(tmp_path, kind, shape, reason):
+    path = store(tmp_path / "x", gradient(), PhotometricInterpretation=kind, PresentationLUTShape=shape)
+    if reason:
+        with pytest.raises(ImageError, match=reason):
+            read_image(path, 32)
+    else:
+        assert (read_image(path, 32).astype(int)[0, 0] > 128) == (kind == "MONOCHROME1")
+
+
 @pytest.mark.parametrize("name", ["PixelSpacing", "LossyImageCompressionRatio"])
 def test_an_element_that_no_picture_needs_may_be_anything(tmp_path, name):
     path = store(tmp_path / "x", gradient())
