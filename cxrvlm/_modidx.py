@@ -432,6 +432,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cxrvlm.initialisation.build_model': ('initialisation.html#build_model', 'cxrvlm/initialisation.py'),
                                        'cxrvlm.initialisation.cxrbert_folder': ( 'initialisation.html#cxrbert_folder',
                                                                                  'cxrvlm/initialisation.py'),
+                                       'cxrvlm.initialisation.foreign_words': ( 'initialisation.html#foreign_words',
+                                                                                'cxrvlm/initialisation.py'),
                                        'cxrvlm.initialisation.load_backbone': ( 'initialisation.html#load_backbone',
                                                                                 'cxrvlm/initialisation.py'),
                                        'cxrvlm.initialisation.load_clip': ('initialisation.html#load_clip', 'cxrvlm/initialisation.py'),

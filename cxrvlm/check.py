@@ -253,8 +253,8 @@ def tie_ceiling(
     sizes, count = texts.value_counts(), len(texts)
     return 1 - (sizes * (sizes - 1)).sum() / (2 * count * (count - 1))
 
-def ask_about_reports(report: Report, studies: pd.DataFrame) -> None:
-    "Reports that have the same words."
+def ask_about_reports(report: Report, studies: pd.DataFrame, settings: Settings) -> None:
+    "Reports that have the same words, and sides that a mirror would exchange."
     words = studies.impression.str.lower()
     same = words.duplicated(keep=False)
     report.counts |= {"different reports": words.nunique(), "reports with a twin": int(same.sum())}
@@ -266,6 +266,9 @@ def ask_about_reports(report: Report, studies: pd.DataFrame) -> None:
     elif same.any():
         limit = f", and retrieval AUROC on the test split cannot pass {tie_ceiling(test):.3f}" if test.duplicated().any() else ""
         report.add("note", "reports", f"reports with the words of another: {same.sum()} of {len(words)}. Each other's images count as wrong{limit}; auroc_dedup counts them as right")
+    sides = words.str.contains(r"\b(?:left|right)\b").sum()
+    if settings.vlm_flip and sides:
+        report.add("warning", "reports", f"{sides} of {len(words)} name a side, and vlm_flip = {settings.vlm_flip:g} mirrors images and not words: set vlm_flip = 0, as in the paper")
 
 # %% ../nbs/07b_check.ipynb #98ca9ad4
 def length_advice(
@@ -307,7 +310,7 @@ def ask_about_words(report: Report, studies: pd.DataFrame, settings: Settings, t
     report.counts["unknown tokens"] = unknown
     if unknown:
         touched = sum(tokenizer.unk_token_id in row for row in rows)
-        report.add("warning" if 100 * unknown > len(tokens) else "note", "words",
+        report.add("error" if 2 * unknown > len(tokens) else "warning" if 100 * unknown > len(tokens) else "note", "words",
                    f"{unknown / len(tokens):.2%} of all tokens are [UNK], in {touched} of {len(rows)} reports: the tokenizer {settings.tokenizer} does not know their letters")
     try:
         fill_prompts(tokenizer, conditions(studies), [*settings.prompts_positive, *settings.prompts_negative], settings.max_tokens) if conditions(studies) else None
@@ -379,7 +382,7 @@ def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings, named
     ask_about_images(report, studies, seen, settings)
     ask_about_sides(report, studies, seen)
     ask_about_ids(report, studies)
-    ask_about_reports(report, studies)
+    ask_about_reports(report, studies, settings)
     ask_about_length(report, studies, settings)
     ask_about_labels(report, studies)
     return report

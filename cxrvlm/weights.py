@@ -92,14 +92,14 @@ def own_weights(
     return {key: found[0] for key, choice in places.items() if (found := [place for place in choice if place.exists()])}
 
 def checksum(
-    path: Path,  # a file, or a folder whose files are read, and not the folders in it
+    path: Path,  # a file, or a folder; hidden files and descriptions (.md) do not count
 ) -> str:  # 16 hexadecimal digits
     "A digest of bytes."
-    sha = hashlib.sha256()
-    names = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".") and file.suffix != ".md") if path.is_dir() else [path]
-    for file in names:
+    sha, home = hashlib.sha256(), path if path.is_dir() else path.parent
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".md"] if path.is_dir() else [path]
+    for file in [file for file in files if not any(part.startswith(".") for part in file.relative_to(home).parts)]:
         with open(file, "rb") as opened:
-            sha.update(f"{file.name if path.is_dir() else ''} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+            sha.update(f"{file.relative_to(home) if path.is_dir() else ''} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
     return sha.hexdigest()[:16]
 
 # %% ../nbs/06a_weights.ipynb #8dbb68b8
@@ -157,9 +157,12 @@ def read_state(
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}: put it there, or change the path in settings.ini")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        packed = path.suffix == ".safetensors"
+        state = safetensors.torch.load_file(path) if packed else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{path} cannot be read as weights ({type(error).__name__}: {reason}); copy it again") from None
+    broken = [key for key, value in state.items() if isinstance(value, torch.Tensor) and not value.isfinite().all()]
+    if broken:
+        raise WeightsError(f"{path}: {broken[0]} holds numbers that are infinite or no numbers, so the training that wrote it failed; take earlier weights")
+    return state

@@ -263,7 +263,7 @@ def test_weights_that_are_not_there_are_said_before_the_run_says_it(home, monkey
     assert check_table(home / "mine.csv", settings, named=False).ok
 
 
-@pytest.mark.parametrize(("key", "words"), [("image_weights", "does not fit image_encoder = resnet18"), ("text_encoder", "config.json"), ("tokenizer", "make no tokenizer")])
+@pytest.mark.parametrize(("key", "words"), [("image_weights", "does not fit image_encoder = resnet18"), ("text_encoder", "make no tokenizer"), ("tokenizer", "make no tokenizer")])
 def test_weights_of_ones_own_that_do_not_fit_are_said(home, tmp_path, key, words):
     import torch
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "own.pt")
@@ -274,3 +274,28 @@ def test_weights_of_ones_own_that_do_not_fit_are_said(home, tmp_path, key, words
     table().to_csv(home / "mine.csv", index=False)
     report = check_table(home / "mine.csv", replace(SMOKE, **{key: str(tmp_path / ("own.pt" if key == "image_weights" else "own"))}))
     assert [remark.text for remark in report.remarks if remark.about == "weights of smoke" and words in remark.text and remark.level == "error"]
+
+
+def test_an_encoder_and_the_vocabulary_of_another_are_refused(home, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+    BertForMaskedLM(BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).save_pretrained(tmp_path)
+    table().to_csv(home / "mine.csv", index=False)
+    mine = replace(SMOKE, text_encoder=str(tmp_path))
+    said = [as_text(check_table(home / "mine.csv", mine))]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"zyxwvutsrqponmlkjihgfedcba", *(f"##{letter}" for letter in "zyxwvutsrqponmlkjihgfedcba")]))
+    said += [as_text(check_table(home / "mine.csv", settings)) for settings in (mine, replace(mine, tokenizer=str(tmp_path)))]
+    assert "has no vocabulary in it" in said[0] and "is another one than the tokenizer's" in said[1] and "weights of smoke" not in said[2]
+
+
+def test_weights_of_a_training_that_failed_are_refused(home, tmp_path):
+    import torch
+    torch.save({"conv1.weight": torch.tensor([float("nan")])}, tmp_path / "own.pt")
+    table().to_csv(home / "mine.csv", index=False)
+    assert "own.pt: conv1.weight holds numbers that are infinite or no numbers" in as_text(check_table(home / "mine.csv", replace(SMOKE, image_weights=str(tmp_path / "own.pt"))))
+
+
+def test_mirrors_and_sides(home):
+    rows = table(report={n: f"FINDINGS: Clear.\nIMPRESSION: Left effusion number {n}." for n in range(3)})
+    rows.to_csv(home / "mine.csv", index=False)
+    said = [as_text(check_table(home / "mine.csv", replace(SMOKE, vlm_flip=flip))) for flip in (0, 0.5)]
+    assert "name a side" not in said[0] and "3 of 90 name a side, and vlm_flip = 0.5 mirrors images and not words" in said[1]
