@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['BITS', 'SAME', 'NEAR', 'SPREAD', 'MARKS', 'Remark', 'Report', 'hash_square', 'inspect_image', 'inspect_images',
            'near_pairs', 'hash_store', 'some', 'ask_about_images', 'ask_about_sides', 'smallest_gain',
-           'ask_about_counts', 'stage_sets', 'ask_about_stages', 'ask_about_ids', 'tie_ceiling', 'ask_about_reports',
-           'length_advice', 'ask_about_length', 'ask_about_words', 'ask_about_labels', 'read_for_check',
-           'split_for_check', 'look_at_all', 'check_table', 'check_preset', 'as_text', 'as_json']
+           'ask_about_counts', 'stage_sets', 'ask_about_stages', 'ask_about_weights', 'ask_about_ids', 'tie_ceiling',
+           'ask_about_reports', 'length_advice', 'ask_about_length', 'ask_about_words', 'ask_about_labels',
+           'read_for_check', 'split_for_check', 'look_at_all', 'check_table', 'check_preset', 'as_text', 'as_json']
 
 # %% ../nbs/07b_check.ipynb #712a0cd3
 import io
 import json
 import os
-import unicodedata
 import warnings
 from collections import Counter
 from contextlib import redirect_stderr
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from .images import ImageStore, decode, to_gray, to_square
 from .phantom import render_reference
 from .settings import Settings, from_root, load_arm
+from .weights import own_weights
 from cxrvlm.studies import (
     SPLITS, UNPAIRED, add_pair_text, is_phantom, label_columns, nested_fraction, only_pairs, pair_texts, patients_on_two_sides,
     read_table, split_by_patient, split_by_sizes, stage1_studies,
@@ -226,14 +226,26 @@ def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFra
                 both = " with findings and impression" * (stage == "cxrbert" and settings.cxrbert_rsm > 0)
                 report.add(level, about, f"{what}{both} for {side}: {len(part)}. A batch has {size}: lower {stage}_batch_size, or add pairs")
 
+# %% ../nbs/07b_check.ipynb #20828557
+def ask_about_weights(report: Report, studies: pd.DataFrame, settings: Settings, level: str) -> None:
+    "Weights and vocabularies that the arms of the preset need: are they there, and do the user's own fit?"
+    from cxrvlm.data import make_tokenizer
+    from cxrvlm.initialisation import build_model, missing_weights
+    about, missing = f"weights of {settings.preset}", {name: missing_weights(settings, load_arm(name)) for name in settings.arms}
+    none_left = all(missing.values())
+    for sentence in dict.fromkeys(sentence for sentences in missing.values() for sentence in sentences):
+        arms = some([name for name, sentences in missing.items() if sentence in sentences])
+        report.add(level if none_left else "warning", about, f"{sentence}. Arms that need it: {arms}")
+    if own_weights(settings) and not none_left:
+        try:
+            with redirect_stderr(io.StringIO()):  # the progress of loading
+                build_model(settings, load_arm("baseline"), make_tokenizer(settings, studies), 0)
+        except (ValueError, OSError, RuntimeError) as error:
+            report.add(level, about, str(error))
+
 # %% ../nbs/07b_check.ipynb #5b8bddb2
 def ask_about_ids(report: Report, studies: pd.DataFrame) -> None:
-    "Patients whose names differ by so little that they may be the same, and one that may be nobody's name."
-    patients = pd.Series(studies.patient_id.unique())
-    plain = patients.map(lambda name: unicodedata.normalize("NFKC", name).casefold()).str.replace(r"^0+(?=\d)|\.0+$|\s|(?<=\d)[,'](?=\d{3}(?!\d))", "", regex=True)
-    alike = patients[plain.duplicated(keep=False)]
-    if len(alike):
-        report.add("warning", "patients", f"ids that differ only in zeros, blanks, commas or capitals: {some(sorted(alike))}. If they are the same patient, write them alike")
+    "A patient's name that may be nobody's."
     pairs = studies.patient_id.value_counts()
     if pairs.iloc[0] >= max(10, len(studies) / 10):
         report.add("warning", "patients", f"{pairs.index[0]!r} has {pairs.iloc[0]} of {len(studies)} pairs. If that stands for patients without a name, leave the cells empty")
@@ -246,8 +258,8 @@ def tie_ceiling(
     sizes, count = texts.value_counts(), len(texts)
     return 1 - (sizes * (sizes - 1)).sum() / (2 * count * (count - 1))
 
-def ask_about_reports(report: Report, studies: pd.DataFrame) -> None:
-    "Reports that have the same words."
+def ask_about_reports(report: Report, studies: pd.DataFrame, settings: Settings) -> None:
+    "Reports that have the same words, and sides that a mirror would exchange."
     words = pair_texts(studies).str.lower()
     same = words.duplicated(keep=False)
     report.counts |= {"different reports": words.nunique(), "reports with a twin": int(same.sum())}
@@ -259,6 +271,9 @@ def ask_about_reports(report: Report, studies: pd.DataFrame) -> None:
     elif same.any():
         limit = f", and retrieval AUROC on the test split cannot pass {tie_ceiling(test):.3f}" if test.duplicated().any() else ""
         report.add("note", "reports", f"reports with the words of another: {same.sum()} of {len(words)}. Each other's images count as wrong{limit}; auroc_dedup counts them as right")
+    sides = words.str.contains(r"\b(?:left|right)\b").sum()
+    if settings.vlm_flip and sides:
+        report.add("warning", "reports", f"{sides} of {len(words)} name a side, and vlm_flip = {settings.vlm_flip:g} mirrors images and not words: set vlm_flip = 0, as in the paper")
 
 # %% ../nbs/07b_check.ipynb #98ca9ad4
 def length_advice(
@@ -300,7 +315,7 @@ def ask_about_words(report: Report, studies: pd.DataFrame, settings: Settings, t
     report.counts["unknown tokens"] = unknown
     if unknown:
         touched = sum(tokenizer.unk_token_id in row for row in rows)
-        report.add("warning" if 100 * unknown > len(tokens) else "note", "words",
+        report.add("error" if 2 * unknown > len(tokens) else "warning" if 100 * unknown > len(tokens) else "note", "words",
                    f"{unknown / len(tokens):.2%} of all tokens are [UNK], in {touched} of {len(rows)} reports: the tokenizer {settings.tokenizer} does not know their letters")
     try:
         fill_prompts(tokenizer, conditions(studies), [*settings.prompts_positive, *settings.prompts_negative], settings.max_tokens) if conditions(studies) else None
@@ -369,11 +384,12 @@ def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings, named
     readable = studies[studies.image.map(seen.reason.isna())]
     ask_about_counts(report, readable, settings.batch_size)
     ask_about_stages(report, studies, readable, settings, "error" if named else "warning")
+    ask_about_weights(report, studies, settings, "error" if named else "warning")
     ask_about_images(report, studies, seen, settings)
     ask_about_sides(report, studies, seen)
     ask_about_ids(report, studies)
     pairs = only_pairs(studies)
-    ask_about_reports(report, pairs)
+    ask_about_reports(report, pairs, settings)
     ask_about_length(report, pairs, settings)
     ask_about_labels(report, pairs)
     return report

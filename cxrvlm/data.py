@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESTRICTED', 'read_source', 'draw_split', 'add_unpaired', 'take_fold', 'check_split', 'load_studies', 'is_restricted',
-           'check_shown', 'too_many_unreadable', 'crop_of', 'open_store', 'data_fingerprint', 'source_files',
-           'changed_pictures', 'watch_source', 'make_tokenizer']
+           'check_shown', 'too_many_unreadable', 'crop_of', 'open_store', 'data_fingerprint', 'todays_data',
+           'check_made_from', 'source_files', 'changed_pictures', 'watch_tree', 'watch_source', 'make_tokenizer']
 
 # %% ../nbs/07a_data.ipynb #30f0e969
 import hashlib
@@ -17,16 +17,17 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from .images import ImageError, ImageStore, changed_files
+from .images import ImageError, ImageStore, changed_files, file_sha, file_states
 from .medpix import STRIPS, load_medpix, medpix_files
 from .mimic import load_mimic
 from .openi import load_openi
 from .sampler import sample_studies
 from .settings import Settings, SettingsError, from_root, short_hash
-from .studies import SPLITS, UNPAIRED, StudiesError, add_pair_text, check_studies, fingerprint, load_table
+from .studies import SPLITS, UNPAIRED, StudiesError, add_pair_text, check_studies, fingerprint, is_phantom, load_table
 from .studies import patients_on_two_sides, split_by_fold, split_by_patient, split_by_sizes
 from .text import load_tokenizer, train_tokenizer
 from .training import write_atomically
+from .weights import checksum, own_weights
 
 # %% ../nbs/07a_data.ipynb #4da19460
 def read_source(
@@ -165,11 +166,36 @@ def open_store(
 # %% ../nbs/07a_data.ipynb #1fc6e9f8
 def data_fingerprint(
     studies: pd.DataFrame,  # from `load_studies`
-    store: ImageStore,  # from `open_store`, of these studies
+    store: ImageStore | None = None,  # from `open_store`, of these studies; None: no picture is read
+    settings: Settings | None = None,  # that may name weights and a vocabulary of the user's own
 ) -> str:  # 16 hexadecimal digits
-    "A digest of the table and of its images' bytes."
-    table = fingerprint(studies)
-    return hashlib.sha256(f"{table} {store.contents}".encode()).hexdigest()[:16] if store.contents else table
+    "A digest of the table, its images' bytes, and the user's own weights."
+    table, bytes_of = fingerprint(studies), store.contents if store else ""
+    own = sorted((key, checksum(path)) for key, path in own_weights(settings).items()) if settings else []
+    parts = [part for part in (bytes_of, str(own) if own else "") if part]
+    return hashlib.sha256(" ".join([table, *parts]).encode()).hexdigest()[:16] if parts else table
+
+# %% ../nbs/07a_data.ipynb #56341eb6
+def todays_data(
+    settings: Settings,
+    studies: pd.DataFrame,  # from `load_studies`
+    folder: Path,  # where stores are kept
+) -> str:
+    "The fingerprint of the data as they are now; phantoms need no store."
+    drawn = studies.image.map(is_phantom).all()
+    return data_fingerprint(studies, None if drawn else open_store(settings, studies, folder), settings)
+
+def check_made_from(
+    what: str | Path,  # a table or a model, for the message
+    made_from: list[str],  # the fingerprints that it names
+    preset: str,
+    today: str,  # from `todays_data`
+) -> str:  # empty, or that it names none
+    "Refuse what was made from other data than today's."
+    other = sorted(set(map(str, made_from)) - {today})
+    if other:
+        raise StudiesError(f"{what} was made from the data {', '.join(other)}, and those of the preset {preset} are {today} now: make it again, with `make run PRESET={preset}`")
+    return "" if made_from else f"{what} does not say from which data it was made, so nobody can tell whether they are today's."
 
 # %% ../nbs/07a_data.ipynb #725c08b5
 def source_files(
@@ -193,7 +219,28 @@ def changed_pictures(
         return ""
     refs = json.loads((folder / name / "index.json").read_text(encoding="utf-8"))["refs"]
     changed, now = changed_files(folder / name, refs, None)
-    return short_hash(str([(refs[row], now[row].item()[:2]) for row in np.flatnonzero(changed)])) if changed.any() else ""
+    return short_hash(str([(refs[row], now[row].item()[:4]) for row in np.flatnonzero(changed)])) if changed.any() else ""
+
+# %% ../nbs/07a_data.ipynb #6c3e59b8
+def watch_tree(
+    settings: Settings,
+    kept: Path,  # a file: what was seen, and the digest of the bytes
+) -> dict[str, str]:  # name -> digest of the bytes; empty where there is no tree
+    "What MIMIC's unpacked reports say."
+    data = from_root(settings.data)
+    if settings.source != "mimic" or (data / "mimic-cxr-reports.zip").is_file():
+        return {}
+    files = sorted(file for files in ("mimic-cxr-reports/files", "files") for file in (data / files).glob("p1*/p1*/s*.txt"))
+    names = [str(file.relative_to(data)) for file in files]
+    seen = short_hash(str([names, file_states(names, data).tobytes()]))
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    if before.get("seen") != seen:
+        sha = hashlib.sha256(str(names).encode())
+        for name in names:
+            sha.update(file_sha(name, data).tobytes())
+        before = {"seen": seen, "bytes": sha.hexdigest()[:16]}
+        write_atomically(kept, lambda temporary: temporary.write_text(json.dumps(before) + "\n"))
+    return {"reports": before["bytes"]} if files else {}
 
 # %% ../nbs/07a_data.ipynb #51ef5e7c
 def watch_source(
@@ -201,11 +248,13 @@ def watch_source(
     folder: Path,  # of the prepared data
 ) -> list[str]:  # the path of source.json; none if nothing can change
     "Write down what the source looks like, if it is not what is written there."
-    if settings.source == "phantom" or not settings.data:
+    own = own_weights(settings)
+    if not own and (settings.source == "phantom" or not settings.data):
         return []
     path = Path(folder) / "source.json"
     before = json.loads(path.read_text()) if path.exists() else {"tables": {}, "pictures": ""}
     tables = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "" for file in source_files(settings)}
+    tables |= {key: checksum(place) for key, place in own.items()} | watch_tree(settings, Path(folder) / "reports.json")
     now = {"tables": tables, "pictures": changed_pictures(Path(folder)) or before["pictures"]}
     if now != before or not path.exists():
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(now, indent=1) + "\n"))

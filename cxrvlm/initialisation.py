@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OWN_START', 'PROJECTION', 'UNUSED', 'NEW', 'without_head', 'load_backbone', 'text_start', 'tokenizer_source',
-           'published_pooling', 'text_pooling', 'read_config', 'text_config', 'load_published', 'load_masked_lm',
-           'simclr_folder', 'cxrbert_folder', 'adapted', 'resize_positions', 'load_clip', 'start_text', 'build_model',
-           'missing_weights']
+           'published_pooling', 'text_pooling', 'read_config', 'text_config', 'load_published', 'foreign_words',
+           'load_masked_lm', 'simclr_folder', 'cxrbert_folder', 'adapted', 'resize_positions', 'load_clip',
+           'start_text', 'build_model', 'missing_weights']
 
 # %% ../nbs/08a_initialisation.ipynb #ff2e6c2e
 import json
@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from .encoders import CLIP_DIM, DualEncoder, ImageEncoder
 from .settings import Arm, Settings, from_root
 from .studies import seed_from
+from .text import load_tokenizer
 from .thesaurus import open_wordnet
 from .weights import WeightsError, fetch, locate, locate_imagenet, pixel_statistics, read_state
 
@@ -154,6 +155,19 @@ def load_published(
         raise WeightsError(f"{folder} is no BERT that fits its config.json; keys {'; '.join(faults)}")
     return model
 
+# %% ../nbs/08a_initialisation.ipynb #a6994e87
+def foreign_words(
+    folder: Path,  # of a published BERT
+    tokenizer: PreTrainedTokenizerBase,  # that it shall read with
+    trained: bool,  # was the tokenizer trained here?
+) -> str:  # "" if they belong together, as far as the files say
+    "Why an encoder would read nonsense."
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        return f"{folder} has no vocabulary in it, and with tokenizer = train another one would be made: copy its own there, and name it as tokenizer" if trained else ""
+    own, used = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    same = sum(own.get(piece) == number for piece, number in used.items())
+    return f"the vocabulary in {folder} is another one than the tokenizer's: {same} of {len(used)} pieces have the same number; name that folder as tokenizer" if 10 * same < 9 * len(used) else ""
+
 # %% ../nbs/08a_initialisation.ipynb #a6994e88
 def load_masked_lm(
     settings: Settings,
@@ -169,6 +183,8 @@ def load_masked_lm(
             f"the text encoder {start} takes {config.vocab_size} words and {config.max_position_embeddings} tokens; "
             f"the tokenizer has {len(tokenizer)} words, and max_tokens or cxrbert_max_tokens is {longest}"
         )
+    if start != "random" and (fault := foreign_words(fetch(start, settings.weights), tokenizer, settings.tokenizer == "train")):
+        raise WeightsError(fault)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights", "text"))
         if start == "random":

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'Share', 'Weight', 'Floats', 'Sizes', 'Fractions', 'Prompt', 'Prompts', 'STAGE2',
-           'TAKEN', 'AROUND', 'STAGE1', 'LOCAL', 'DECLIP', 'SHARED', 'USED', 'words', 'Checked', 'DataSettings',
-           'GuardSettings', 'EncoderSettings', 'TrainingSettings', 'SweepSettings', 'VLMAugmentations',
+           'TAKEN', 'WORDS', 'AROUND', 'STAGE1', 'LOCAL', 'DECLIP', 'SHARED', 'USED', 'words', 'Checked',
+           'DataSettings', 'GuardSettings', 'EncoderSettings', 'TrainingSettings', 'SweepSettings', 'VLMAugmentations',
            'SimCLRAugmentations', 'Stage1Settings', 'Stage1Training', 'LocalSettings', 'DeCLIPSettings', 'prompts',
            'EvaluationSettings', 'Settings', 'Arm', 'SettingsError', 'wrong_name', 'refuse_names', 'from_root',
-           'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'inherited', 'load_settings', 'load_arm',
-           'replace', 'in_arm', 'in_stage', 'keys_of', 'of_others', 'at_default', 'short_hash', 'stage_digest',
-           'digest', 'check_parameters']
+           'refuse_cuts', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'inherited', 'load_settings',
+           'load_arm', 'replace', 'in_arm', 'in_stage', 'keys_of', 'of_others', 'at_default', 'short_hash',
+           'stage_digest', 'digest', 'check_parameters']
 
 # %% ../nbs/00_settings.ipynb #1dc75306
 import ast
 import configparser
 import difflib
 import hashlib
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -349,6 +350,26 @@ def from_root(
     "A path that starts at the root of the repository, whatever the working directory."
     return Path(find_spec("cxrvlm").origin).parents[1] / path
 
+# %% ../nbs/00_settings.ipynb #1bc070e0
+WORDS = {"data", "root", "image_weights", "text_encoder", "tokenizer", "weights", "prompts_positive", "prompts_negative"}
+
+def refuse_cuts(
+    parser: configparser.ConfigParser,
+    whole: configparser.ConfigParser,  # the same file, with the comments left in the values
+    path: Path,
+) -> None:
+    "Raise if what was read as a comment is a part of a path or of a prompt."
+    faults, named = [], [(section, key) for section in whole.sections() for key in whole[section] if key in WORDS]
+    for section, key in named:
+        found = re.search(r"(?m)(?:^|(?<=\s))([#;]).*$", whole[section][key].removeprefix(parser[section][key]))
+        meant = found and (found[0][1:2].strip() or found[1] == ";" or re.search(r"[{}]", found[0]))
+        if meant or found and os.path.exists(from_root(whole[section][key])):
+            faults.append(f"  [{section}] {key} = {parser[section][key]}: the rest of the line is cut off, because a blank and {found[1]} begin a comment. "
+                          f"Use a name or a link without it; if it is a comment, give it a line of its own")
+    if faults:
+        raise SettingsError(f"{path.name} is not right:\n" + "\n".join(faults))
+
+# %% ../nbs/00_settings.ipynb #057f7579
 def read_ini(
     path: str | Path | None = None,  # None: the settings.ini beside the package
 ) -> tuple[Path, configparser.ConfigParser]:
@@ -356,12 +377,14 @@ def read_ini(
     path = Path(path or from_root("settings.ini"))
     if not path.is_file():
         raise SettingsError(f"{path} does not exist: give the path of a settings.ini, or work in a clone of the repository")
-    parser = configparser.ConfigParser(default_section="", interpolation=None, inline_comment_prefixes=("#", ";"))
+    whole, parser = (configparser.ConfigParser(default_section="", interpolation=None, inline_comment_prefixes=signs) for signs in (None, ("#", ";")))
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        for reader in (whole, parser):
+            reader.read_string(path.read_text(encoding="utf-8"))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise SettingsError(f"{path.name} cannot be read: {error}") from None
     refuse_names(parser.sections(), path)
+    refuse_cuts(parser, whole, path)
     return path, parser
 
 # %% ../nbs/00_settings.ipynb #47c9c919

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PACKAGED', 'FILES', 'WEIGHTS', 'Published', 'WeightsError', 'Packaged', 'pixel_statistics', 'sha256_of',
-           'packaged_file', 'minilm_directory', 'reachable', 'locate', 'fetch', 'read_state', 'by_place', 'unpack',
-           'locate_imagenet']
+           'packaged_file', 'minilm_directory', 'reachable', 'locate', 'own_weights', 'checksum', 'fetch', 'read_state',
+           'by_place', 'unpack', 'locate_imagenet']
 
 # %% ../nbs/06a_weights.ipynb #c921299f
 import hashlib
@@ -23,7 +23,7 @@ import torchvision
 from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from .settings import from_root
+from .settings import Settings, from_root
 
 # %% ../nbs/06a_weights.ipynb #52eace5d
 class Published(NamedTuple):
@@ -133,6 +133,27 @@ def locate(
         f"(weights = {folder} in settings.ini)"
     )
 
+# %% ../nbs/06a_weights.ipynb #f5f822d0
+def own_weights(
+    settings: Settings,  # its image_weights, text_encoder and tokenizer
+) -> dict[str, Path]:  # setting -> the file or folder; what others published is not among them
+    "The user's own weights and vocabularies."
+    names = {key: getattr(settings, key) for key in ("image_weights", "text_encoder", "tokenizer")}
+    names = {key: name for key, name in names.items() if name not in ("random", "train", "imagenet", "minilm", *PUBLISHED)}
+    places = {key: (from_root(name), from_root(settings.weights) / Path(name).name) for key, name in names.items()}
+    return {key: found[0] for key, choice in places.items() if (found := [place for place in choice if place.exists()])}
+
+def checksum(
+    path: Path,  # a file, or a folder; hidden files and descriptions (.md) do not count
+) -> str:  # 16 hexadecimal digits
+    "A digest of bytes."
+    sha, home = hashlib.sha256(), path if path.is_dir() else path.parent
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".md"] if path.is_dir() else [path]
+    for file in [file for file in files if not any(part.startswith(".") for part in file.relative_to(home).parts)]:
+        with open(file, "rb") as opened:
+            sha.update(f"{file.relative_to(home) if path.is_dir() else ''} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+    return sha.hexdigest()[:16]
+
 # %% ../nbs/06a_weights.ipynb #8dbb68b8
 FILES = ["config.json", "1_Pooling/config.json", "*.txt", "tokenizer*.json", "special_tokens_map.json"]  # BERT's shape, pooling and vocabulary
 WEIGHTS = ("open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin")  # the first that is there: open_clip's has both towers of CLIP
@@ -165,12 +186,15 @@ def read_state(
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}: put it there, or change the path in settings.ini")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        packed = path.suffix == ".safetensors"
+        state = safetensors.torch.load_file(path) if packed else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{path} cannot be read as weights ({type(error).__name__}: {reason}); copy it again") from None
+    broken = [key for key, value in state.items() if isinstance(value, torch.Tensor) and not value.isfinite().all()]
+    if broken:
+        raise WeightsError(f"{path}: {broken[0]} holds numbers that are infinite or no numbers, so the training that wrote it failed; take earlier weights")
+    return state
 
 # %% ../nbs/06a_weights.ipynb #7f1afbd4
 def by_place(

@@ -75,7 +75,7 @@ def test_a_good_table_has_no_error(home):
     ("images", "error", "there is no such file", {"image": {4: "gone.png"}}),
     ("images", "error", "unusable: 60 of 90; a run stops, for unreadable = 0.01", {"image": {n: f"gone{n}.png" for n in range(60)}}),
     ("images", "warning", "files that belong to more than one study: 1", {"image": {6: "05.png"}, "study_id": {n: f"s{n}" for n in range(90)}}),
-    ("patients", "warning", "P05, p05", {"patient_id": {6: "P05"}}),
+    ("table", "warning", "P05, p05", {"patient_id": {6: "P05"}}),
     ("table", "error", "1,234 in row 8 is there without its commas too", {"patient_id": {6: "1,234", 7: "1234"}}),
     ("reports", "note", "reports with the words of another: 3 of 90", {"report": {7: "Clear.", 8: "clear.", 9: "Clear."}}),
     ("reports", "error", "all reports have the same words", {"report": {n: "Clear." for n in range(90)}}),
@@ -94,6 +94,11 @@ def test_each_fault_is_found(home, about, level, words, changes):
     found = [remark for remark in report.remarks if remark.about == about and words in remark.text]
     assert [remark.level for remark in found] == [level], as_text(report)
     assert report.ok == (level != "error") and json.loads(as_json(report))["ok"] == report.ok
+
+
+def test_a_heading_that_was_missed_is_counted_in_rows_that_are_left_out_too(home):
+    report = check(home, table(report={3: "FINDINGS: Clear. Results: normal.", 4: "Diagnosis\nNormal."}))
+    assert any("2 look as if they held a heading that was not found (row 5, row 6), 1 of them left out" in remark.text for remark in report.remarks)
 
 
 def test_no_report_is_shown(home):
@@ -245,3 +250,52 @@ def test_what_stage_1_lacks_is_an_error_where_the_preset_was_named(home):
     large = replace(SMOKE, simclr_batch_size=1000)
     levels = {named: [r.level for r in check_table(home / "mine.csv", large, named=named).remarks if r.about.startswith("stage 1")] for named in (True, False)}
     assert set(levels[True]) == {"error"} and set(levels[False]) == {"warning"}
+
+
+@pytest.mark.parametrize(("changes", "level"), [({"text_encoder": "nobody/nothing", "tokenizer": "nobody/nothing"}, "error"), ({"image_weights": "gone.pt"}, "error"),
+                                                ({"arms": ("baseline", "text-clinicalbert")}, "warning")])
+def test_weights_that_are_not_there_are_said_before_the_run_says_it(home, monkeypatch, tmp_path, changes, level):
+    monkeypatch.setattr("cxrvlm.weights.reachable", lambda url: False)
+    table().to_csv(home / "mine.csv", index=False)
+    settings = replace(SMOKE, weights=str(tmp_path), **changes)
+    report = check_table(home / "mine.csv", settings)
+    assert [remark.level for remark in report.remarks if remark.about == "weights of smoke"] == [level] and report.ok == (level == "warning")
+    assert check_table(home / "mine.csv", settings, named=False).ok
+
+
+@pytest.mark.parametrize(("key", "words"), [("image_weights", "does not fit image_encoder = resnet18"), ("text_encoder", "make no tokenizer"), ("tokenizer", "make no tokenizer")])
+def test_weights_of_ones_own_that_do_not_fit_are_said(home, tmp_path, key, words):
+    import torch
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "own.pt")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/tokenizer.json").write_text("{}")
+    (tmp_path / "own/config.json").write_text('{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 300}')
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "own/pytorch_model.bin")
+    table().to_csv(home / "mine.csv", index=False)
+    report = check_table(home / "mine.csv", replace(SMOKE, **{key: str(tmp_path / ("own.pt" if key == "image_weights" else "own"))}))
+    assert [remark.text for remark in report.remarks if remark.about == "weights of smoke" and words in remark.text and remark.level == "error"]
+
+
+def test_an_encoder_and_the_vocabulary_of_another_are_refused(home, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+    BertForMaskedLM(BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).save_pretrained(tmp_path)
+    table().to_csv(home / "mine.csv", index=False)
+    mine = replace(SMOKE, text_encoder=str(tmp_path))
+    said = [as_text(check_table(home / "mine.csv", mine))]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"zyxwvutsrqponmlkjihgfedcba", *(f"##{letter}" for letter in "zyxwvutsrqponmlkjihgfedcba")]))
+    said += [as_text(check_table(home / "mine.csv", settings)) for settings in (mine, replace(mine, tokenizer=str(tmp_path)))]
+    assert "has no vocabulary in it" in said[0] and "is another one than the tokenizer's" in said[1] and "weights of smoke" not in said[2]
+
+
+def test_weights_of_a_training_that_failed_are_refused(home, tmp_path):
+    import torch
+    torch.save({"conv1.weight": torch.tensor([float("nan")])}, tmp_path / "own.pt")
+    table().to_csv(home / "mine.csv", index=False)
+    assert "own.pt: conv1.weight holds numbers that are infinite or no numbers" in as_text(check_table(home / "mine.csv", replace(SMOKE, image_weights=str(tmp_path / "own.pt"))))
+
+
+def test_mirrors_and_sides(home):
+    rows = table(report={n: f"FINDINGS: Clear.\nIMPRESSION: Left effusion number {n}." for n in range(3)})
+    rows.to_csv(home / "mine.csv", index=False)
+    said = [as_text(check_table(home / "mine.csv", replace(SMOKE, vlm_flip=flip))) for flip in (0, 0.5)]
+    assert "name a side" not in said[0] and "3 of 90 name a side, and vlm_flip = 0.5 mirrors images and not words" in said[1]

@@ -159,6 +159,39 @@ def test_an_empty_element_says_nothing(tmp_path, name):
     assert np.abs(plain - odd).max() <= 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("RescaleSlope", "1,0"), ("RescaleIntercept", "-1024,5"), ("RescaleSlope", "1\\2"), ("RescaleSlope", "nan"), ("RescaleSlope", "Meyer"),
+                                             ("WindowCenter", "2047,5"), ("WindowWidth", "inf"), ("NumberOfFrames", "1,0")])
+def test_an_element_that_is_no_number_is_named_and_not_quoted(tmp_path, name, value):
+    tags = {"RescaleSlope": 1, "RescaleIntercept": 0, "WindowCenter": 2047, "WindowWidth": 4096}
+    path = store(tmp_path / "x", gradient(), **tags)
+    tag, dataset = pydicom.tag.Tag(name), pydicom.dcmread(path)
+    raw = (value + " " * (len(value) % 2)).encode()
+    dataset[tag] = pydicom.dataelem.RawDataElement(tag, pydicom.datadict.dictionary_VR(tag), len(raw), raw, 0, False, True)
+    dataset.save_as(path)
+    with pytest.raises(ImageError, match=f"x: its element {name} is not (one|a) number, written with a point") as error:
+        read_image(path, 32)
+    assert value not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "shape", "reason"), [("MONOCHROME1", "INVERSE", ""), ("MONOCHROME2", "IDENTITY", ""), ("MONOCHROME1", "IDENTITY", "low numbers are white"), ("MONOCHROME2", "INVERSE", "low numbers are white")])
+def test_elements_that_contradict_each_other_are_not_guessed_at(tmp_path, kind, shape, reason):
+    path = store(tmp_path / "x", gradient(), PhotometricInterpretation=kind, PresentationLUTShape=shape)
+    if reason:
+        with pytest.raises(ImageError, match=reason):
+            read_image(path, 32)
+    else:
+        assert (read_image(path, 32).astype(int)[0, 0] > 128) == (kind == "MONOCHROME1")
+
+
+@pytest.mark.parametrize("name", ["PixelSpacing", "LossyImageCompressionRatio"])
+def test_an_element_that_no_picture_needs_may_be_anything(tmp_path, name):
+    path = store(tmp_path / "x", gradient())
+    tag, dataset = pydicom.tag.Tag(name), pydicom.dcmread(path)
+    dataset[tag] = pydicom.dataelem.RawDataElement(tag, "DS", 4, b"0,14", 0, False, True)
+    dataset.save_as(path)
+    assert read_image(path, 32).any()
+
+
 def test_a_table_of_bytes_is_looked_up_for_more_than_bytes(tmp_path):
     plain, looked_up = (read_image(store(tmp_path / "x", gradient(), **tags), 32).astype(int) for tags in ({}, {"VOILUTSequence": [table_of()]}))
     assert np.abs(plain - looked_up).max() <= 1

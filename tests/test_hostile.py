@@ -140,7 +140,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "a blank row before a fault": ("\n" + a_row("../odd.png"), "error: .*row 33: the image"),
     "two faults": (a_row("../odd.png") + a_row(label="2"), "error: .*2 faults: .*'2' in row 33.*row 32: the image"),
     "headings in one line": (a_row(report="FINDINGS: Clear. IMPRESSION: Normal."), "read: .*30 without headings.*Normal"),
-    "a heading of another language": (a_row(report="BEFUND: Unauffällig."), r"read: .*1 look as if they held a heading that was not found \(row 32\)"),
+    "a heading of another language": (a_row(report="LAUSUNTO: Ei nestettä."), r"read: .*1 look as if they held a heading that was not found \(row 32\)"),
     "HTML": (a_row(report="<b>Findings</b><br>Clear.<br><b>Impression</b><br>Normal &amp; clear."), "read: .*Normal & clear"),
 }
 
@@ -165,6 +165,13 @@ FILES: dict[str, tuple[Make, str]] = {
     "hexadecimal ids": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{'4e074085' if m[1] == '0' else 'a1b2c3' + m[1].zfill(2)},", HEADER + rows).encode(), "read: .*patients 4e074085"),
     "ids that end in zeros": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{123456789012345 + int(m[1])}000,", HEADER + rows).encode(), "error: .*lost digits"),
     "ids that became dates": (lambda rows: re.sub(r",p(\d+),", lambda m: ",2-Jan," if m[1] == "1" else f",{int(m[1]) % 6 + 1}-{13 + int(m[1])},", HEADER + rows).encode(), "error: .*patient_id: 2-Jan in row 3 may be an id that a spreadsheet made a date"),
+    "ids that are no whole numbers": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{int(m[1]) / 10 + 3},", HEADER + rows).encode(), "error: .*patient_id: 3.1 in row 3.* is a number with decimals"),
+    "ids with a point": (lambda rows: re.sub(r",p(\d+),", r",3.\1,", HEADER + rows).encode(), "read: .*patients 3.0 3.1 3.2"),
+    "ids with and without zeros": (lambda rows: (HEADER + rows).replace(",p3,", ",0050772,").replace(",p4,", ",50772,").encode(), "read: .*ids that differ only in zeros.*: 0050772, 50772"),
+    "a blank that does not break, before the colon": (lambda rows: (HEADER + rows + a_row(report="FINDINGS\u00a0: Clear. IMPRESSION\u2009: Normal.")).encode(), r"read: .* Normal\.$"),
+    "headings that nobody knows": (lambda rows: (HEADER + rows + a_row(report="INDICATION: Cough. OUTCOME: normal.")).encode(), "excluded: no impression"),
+    "answers for ids": (lambda rows: re.sub(r",p(\d+),", lambda m: f",{int(m[1]) % 2 == 0},", HEADER + rows).encode(), "error: .*patient_id: True in row 2.* is an answer, and no id"),
+    "an id that lost a letter": (lambda rows: (HEADER + rows).replace(",p3,", ",M\ufffdller,").encode(), "error: .*patient_id: M\ufffdller in row 5 has lost a letter"),
     "ids with and without commas": (lambda rows: re.sub(r",p(\d+),", lambda m: ',"1,234",' if m[1] == "1" else ",1234," if m[1] == "2" else f",{m[1]},", HEADER + rows).encode(), "error: .*patient_id: 1,234 in row 3 is there without its commas too"),
     "JSON": (lambda rows: b'[{"image": "a.png", "report": "Small effusion."}]', "error: .*is JSON, and no table.{0,60}$"),
     "an Excel workbook": (lambda rows: b"PK\x03\x04" + bytes(50), "error: .*is an Excel workbook or another zip"),

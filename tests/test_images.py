@@ -457,6 +457,49 @@ def test_a_store_of_before_is_looked_through_once(tmp_path, no_decoding):
     assert ImageStore.build(refs, tmp_path / "stores", 16, root=tmp_path / "files").contents == again.contents
 
 
+def of_one_size(path, pixel, time=10**18):
+    "A picture as BMP, whose size does not tell what is on it, with a time that somebody set."
+    pixels = np.full((24, 24), 40, np.uint8)
+    pixels[8:, 8:] = pixel
+    Image.fromarray(pixels).save(path.with_suffix(".new"), "bmp")
+    os.utime(path.with_suffix(".new"), ns=(0, time))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def test_a_file_of_the_same_size_and_time_is_another_file(tmp_path):
+    for name in ("a.bmp", "b.bmp"):
+        of_one_size(tmp_path / name, 200)
+    old = ImageStore.build(["a.bmp", "b.bmp"], tmp_path / "stores", 24, root=tmp_path)
+    look = os.stat(tmp_path / "a.bmp")
+    of_one_size(tmp_path / "a.bmp", 90)
+    assert (look.st_size, look.st_mtime_ns) == (os.stat(tmp_path / "a.bmp").st_size, os.stat(tmp_path / "a.bmp").st_mtime_ns)
+    assert images.changed_files(old.folder, ["a.bmp", "b.bmp"], tmp_path)[0].tolist() == [True, False]
+    grown = ImageStore.build(["a.bmp", "b.bmp", "phantom:1"], tmp_path / "stores", 24, root=tmp_path)  # carries rows over
+    new = ImageStore.build(["a.bmp", "b.bmp"], tmp_path / "stores", 24, root=tmp_path)
+    assert [middle(store, "a.bmp") for store in (old, new, grown)] == [200, 90, 90] and new.contents != old.contents
+
+
+@pytest.mark.parametrize("moved", [lambda path: path.chmod(0o600), lambda path: of_one_size(path, 200), lambda path: os.link(path, path.with_suffix(".link"))])
+def test_a_file_with_the_same_bytes_is_noted_and_not_decoded_again(tmp_path, no_decoding, monkeypatch, moved):
+    of_one_size(tmp_path / "a.bmp", 200)
+    old = ImageStore.build(["a.bmp"], tmp_path / "stores", 24, root=tmp_path)
+    moved(tmp_path / "a.bmp")
+    no_decoding()
+    assert not images.changed_files(old.folder, ["a.bmp"], tmp_path)[0].any()
+    assert ImageStore.build(["a.bmp"], tmp_path / "stores", 24, root=tmp_path).contents == old.contents
+    monkeypatch.setattr(images, "file_sha", lambda *_: pytest.fail("a file was read that is known"))
+    ImageStore.build(["a.bmp"], tmp_path / "stores", 24, root=tmp_path)
+
+
+def test_notes_of_before_are_completed_once_without_decoding(tmp_path, no_decoding, monkeypatch):
+    names = make_files(tmp_path / "files", 5)
+    store = ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files")
+    np.save(store.folder / "seen.npy", np.load(store.folder / "seen.npy")[["size", "time", "sha"]].astype([("size", "i8"), ("time", "i8"), ("sha", "u1", 32)]))
+    no_decoding()
+    assert ImageStore.build(names, tmp_path / "stores", 16, root=tmp_path / "files").contents == store.contents
+    assert (np.load(store.folder / "seen.npy") == store.seen).all()
+
+
 def test_phantoms_have_no_bytes(tmp_path):
     assert ImageStore.build([phantom_reference(0, [])], tmp_path, 16).contents == ""
 

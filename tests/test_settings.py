@@ -12,6 +12,7 @@ from cxrvlm.settings import (
     Settings,
     SettingsError,
     digest,
+    from_root,
     in_arm,
     load_arm,
     load_settings,
@@ -200,6 +201,22 @@ def test_names_that_are_one_folder_on_a_mac_are_refused(tmp_path, section):
 @pytest.mark.parametrize("section", ["null", "mine", "ct-2024", "v1.5b", "arm evaluate", "arm x_1"])
 def test_other_names_are_fine(tmp_path, section):
     assert load_settings("demo", write(tmp_path / "settings.ini", lambda parser: parser.add_section(section))).preset == "demo"
+
+
+@pytest.mark.parametrize(("key", "value"), [("data", "study #3/mine.csv"), ("data", "study ; new/mine.csv"), ("image_weights", "best #2.pt"),
+                                            ("prompts_negative", "no {} # 2 | none of {}"), ("root", "there # 1")])
+def test_a_path_is_not_cut_at_a_comment_in_silence(tmp_path, key, value):
+    (tmp_path / "there # 1").mkdir()
+    value = str(tmp_path / value) if key == "root" else value
+    (tmp_path / "mine.ini").write_text(f"{from_root('settings.ini').read_text()}\n[mine]\n{key} = {value}\n")
+    with pytest.raises(SettingsError, match=rf"(?s)mine\.ini is not right:.*\[mine\] {key} = .*: the rest of the line is cut off"):
+        load_settings("mine", tmp_path / "mine.ini")
+
+
+@pytest.mark.parametrize("line", ["data = a#b.csv", "data = a.csv  # study 3", "root =   # none", "lr = 1e-3 #fast", "tokenizer = train"])
+def test_a_comment_may_follow_a_value(tmp_path, line):
+    (tmp_path / "mine.ini").write_text(f"{from_root('settings.ini').read_text()}\n[mine]\n{line}\n")
+    assert load_settings("mine", tmp_path / "mine.ini").data in ("data/mimic-cxr-jpg", "a#b.csv", "a.csv")
 
 
 def test_root_and_encoding_count_where_they_are_used():

@@ -1,6 +1,7 @@
 """Data that change: what was made from them before is not gone on with, not mixed, and made again."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from miniature import write_mimic
 from PIL import Image
 
-from cxrvlm.data import data_fingerprint, load_studies, open_store, watch_source
+from cxrvlm.data import data_fingerprint, load_studies, make_tokenizer, open_store, watch_source
 from cxrvlm.images import ImageError
+from cxrvlm.initialisation import build_model
 from cxrvlm.results import over_seeds, paired_gains, read_results
 from cxrvlm.settings import digest, load_arm, load_settings, read_ini, replace
 from cxrvlm.studies import fingerprint
@@ -121,6 +124,63 @@ def test_a_source_that_changed_is_written_down_and_one_that_was_touched_is_not(m
     assert written(mine, tmp_path) not in (first, mended)
 
 
+@pytest.fixture
+def own(mine, tmp_path):
+    "The table with weights, an encoder and a vocabulary of one's own, whose paths say nothing of what lies there."
+    (tmp_path / "encoder").mkdir()
+    for name in ("own.pt", "encoder/model.safetensors", "encoder/vocab.txt"):
+        (tmp_path / name).write_bytes(b"first")
+    return replace(mine, image_weights=str(tmp_path / "own.pt"), text_encoder=str(tmp_path / "encoder"), tokenizer=str(tmp_path / "encoder"))
+
+
+@pytest.mark.parametrize("name", ["own.pt", "encoder/model.safetensors", "encoder/vocab.txt"])
+def test_own_weights_that_were_replaced_make_other_data_and_the_digest_stays(mine, own, tmp_path, name):
+    kept, plain = digest(own, load_arm("ours")), data_fingerprint(*prepare(mine, tmp_path), mine)
+    before, seen = data_fingerprint(*prepare(own, tmp_path), own), written(own, tmp_path)
+    assert before == data_fingerprint(*prepare(own, tmp_path), own) != plain and seen == written(own, tmp_path)
+    times = os.stat(tmp_path / name)
+    (tmp_path / name).write_bytes(b"other")  # as long as the first
+    os.utime(tmp_path / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert data_fingerprint(*prepare(own, tmp_path), own) != before and written(own, tmp_path) != seen
+    assert digest(own, load_arm("ours")) == kept
+    (tmp_path / "encoder/README.md").write_text("A model.")
+    (tmp_path / name).write_bytes(b"first")
+    assert data_fingerprint(*prepare(own, tmp_path), own) == before and data_fingerprint(*prepare(mine, tmp_path), mine) == plain
+
+
+def test_a_vocabulary_of_ones_own_is_watched_for_phantoms_too(own, tmp_path):
+    smoke = replace(load_settings("smoke"), tokenizer=own.tokenizer)
+    seen = written(smoke, tmp_path)
+    (tmp_path / "encoder/vocab.txt").write_bytes(b"other")
+    assert written(smoke, tmp_path) != seen
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mimics_reports_are_watched_packed_and_unpacked(tmp_path, monkeypatch, packed):
+    write_mimic(tmp_path / "mimic", 60, packed=packed, images=False)
+    mimic, folder = replace(load_settings("paper"), data=str(tmp_path / "mimic")), tmp_path / "data"
+    folder.mkdir()
+    first = written(mimic, folder)
+    if packed:
+        (tmp_path / "mimic/mimic-cxr-reports.zip").write_bytes(b"another")
+        assert written(mimic, folder) != first
+        return
+    report = sorted((tmp_path / "mimic/files").glob("p1*/p1*/s*.txt"))[0]
+    text, times = report.read_bytes(), os.stat(report)
+    report.with_suffix(".new").write_bytes(text)
+    os.replace(report.with_suffix(".new"), report)  # touched, and the same
+    assert written(mimic, folder) == first
+    report.with_suffix(".new").write_bytes(text[:-2] + b"!\n")
+    os.utime(report.with_suffix(".new"), ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(report.with_suffix(".new"), report)
+    changed = written(mimic, folder)
+    assert changed != first and written(mimic, folder) == changed
+    report.unlink()
+    assert written(mimic, folder) != changed
+    monkeypatch.setattr("cxrvlm.data.file_sha", lambda *_: pytest.fail("a report was read that looks as it did"))
+    written(mimic, folder)
+
+
 def test_phantoms_have_no_source_to_watch(tmp_path):
     assert watch_source(load_settings("smoke"), tmp_path) == [] and not list(tmp_path.iterdir())
 
@@ -132,6 +192,33 @@ def test_no_figure_mixes_two_data_sets():
             show(runs)
     assert len(over_seeds(runs.assign(data="c9078169"))) == 2
     assert len(over_seeds(read_results(ROOT / "results/demo/runs.csv")))  # what is committed stays valid
+
+
+def papermill(notebook, folder, **parameters):
+    "Run a notebook; what it printed."
+    given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
+    command = [Path(sys.executable).parent / "papermill", notebook, folder / "out.ipynb", "-k", "python3", *given]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("notebook", "parameter", "columns"), [
+    ("retrieved_examples", "examples", "query,shown,rank,similarity,study_id"), ("figure_6", "neighbours", "study_id,neighbour,similarity")])
+def test_a_figure_refuses_a_table_of_other_data(tmp_path, notebook, parameter, columns):
+    (tmp_path / "table.csv").write_text(f"{columns},data\n{'x,' * columns.count(',')}x,c9078169\n")
+    code, output = papermill(f"paper_figures/{notebook}.ipynb", tmp_path, preset="smoke", runs=tmp_path, **{parameter: tmp_path / "table.csv"})
+    assert code and re.search(r"was made from the data c9078169, and those of the preset smoke are [0-9a-f]{16} now", output)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("notebook", ["evaluate", "ground"])
+def test_a_model_of_other_data_is_not_measured(tmp_path, notebook):
+    smoke, (studies, _) = load_settings("smoke"), load_studies(load_settings("smoke"))
+    build_model(smoke, load_arm("baseline"), make_tokenizer(smoke, studies), 0).save_pretrained(tmp_path / "model")
+    (tmp_path / "result.json").write_text(json.dumps({"preset": "smoke", "data": "c9078169", "arm": "baseline", "fraction": 1, "seed": 0}))
+    code, output = papermill(f"nbs/experiments/{notebook}.ipynb", tmp_path, preset="smoke", runs=tmp_path, model=tmp_path / "model")
+    assert code and re.search(r"was made from the data c9078169, and those of the preset smoke are [0-9a-f]{16} now", output)
 
 
 @pytest.mark.timeout(1200)

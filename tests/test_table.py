@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cxrvlm.cxrbert import ReportSections
 from cxrvlm.downstream import read_labels
 from cxrvlm.openi import load_openi
-from cxrvlm.reports import READ_AS
+from cxrvlm.reports import READ_AS, split_sections
 from cxrvlm.settings import load_settings
 from cxrvlm.studies import COLUMNS, StudiesError, cut_report, fingerprint, load_table, read_own, read_table
 from cxrvlm.text import train_tokenizer
@@ -155,6 +155,34 @@ SPELLINGS = {
 }
 
 
+WORDS = {
+    "IMP": "FINDINGS: Clear. IMP: Normal.", "Imp., and a list": "Findings:\n1. Liver     : Clear.\nImp.:\nNormal.", "A/P": "Findings: Clear.\nA/P: Normal.",
+    "assessment": "Findings: Clear.\nAssessment and Plan:\nNormal.", "interpretation": "FINDINGS: Clear.\nINTERPRETATION\nNormal.", "a number": "FINDINGS: Clear.\nIMPRESSION (1): Normal.",
+    "no colon": "FINDINGS Clear. IMPRESSION Normal.", "German": "Befund: Clear. Beurteilung: Normal.", "Spanish": "HALLAZGOS: Clear.\nImpresio\u0301n diagnóstica: Normal.",
+    "French, as French is printed": "Résultats\u00a0: Clear.\nConclusion\u00a0: Normal.", "Chinese": "所见：Clear.\n印象：Normal.", "a narrow blank": "FINDINGS\u202f: Clear.\nIMPRESSION\u2009: Normal.",
+    "a tab": "FINDINGS\t: Clear.\nIMPRESSION\t:\tNormal.", "signs that nobody sees": "FINDINGS\u200b: Clear.\n\ufeffIMPRESSION\u200e: Normal.", "HTML's blank": "FINDINGS&nbsp;: Clear.<br>IMPRESSION&nbsp;: Normal.",
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_headings_of_other_hospitals_are_understood(words):
+    findings, impression, _, missed = cut_report(WORDS[words])
+    assert findings.endswith("Clear.") and impression == "Normal." and not missed
+    assert split_sections("ASSESSMENT: Normal.\nIMP: Clear.") == {"report": "ASSESSMENT: Normal. IMP: Clear."}  # MIMIC's rule stays
+
+
+@pytest.mark.parametrize("text", ["FINDINGS: Clear. Results: normal.", "Diagnosis\nNormal.", "Clear.\nFINDINGS AND IMPRESSION Normal.", "The diagnosis: normal."])
+def test_headings_that_may_have_been_missed_are_counted(text):
+    assert cut_report(text)[3] and not cut_report("There is one nodule: 3 mm. AP view: rotated.")[3]
+
+
+def test_letters_that_were_lost_are_said(tmp_path):
+    texts = ["Kein Erguß, à gauche, Ärztin; where? here", "Épanchement".encode().decode("cp1252"), "d\ufffdprim\ufffd", "mod?r?e"]
+    rows([f"p{i}" for i in range(4)]).drop(columns=["findings", "impression"]).assign(report=texts).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.warns(UserWarning, match=r"3 look as if letters were lost, because the text was once read in another encoding \(row 3, row 4, row 5\)"):
+        load_table(tmp_path / "t.csv")
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_of_openis_reports_is_cut_as_its_xml_is(spelling):
     studies, _ = load_openi()
@@ -168,7 +196,7 @@ def test_every_spelling_of_openis_reports_is_cut_as_its_xml_is(spelling):
 
 
 def test_it_is_said_how_reports_were_read(tmp_path):
-    reports = ["FINDINGS:\nClear.\nIMPRESSION:\nNormal."] * 3 + ["Findings: Clear. Impression: Normal."] * 2 + ["Clear."] + ["HALLAZGOS: Sin."]
+    reports = ["FINDINGS:\nClear.\nIMPRESSION:\nNormal."] * 3 + ["Findings: Clear. Impression: Normal."] * 2 + ["Clear."] + ["HAVAINNOT: Ei nestettä."]
     rows([f"p{i}" for i in range(7)]).drop(columns=["findings", "impression"]).assign(report=reports).to_csv(tmp_path / "t.csv", index=False)
     read = read_table(tmp_path / "t.csv")
     assert all(f"{count} {way}" in read.reading for count, way in zip((3, 2, 2), READ_AS, strict=True)) and "1 look as if" in read.reading and "row 8" in read.reading
