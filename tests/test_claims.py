@@ -319,9 +319,13 @@ def test_the_multiplier_on_straight_lines(gap, slope, used):
         assert x == pytest.approx(expected) or abs(expected * used - 1) < 1e-6 or abs(expected * used - 0.01) < 1e-6
 
 
+def SHOW(table):  # what a notebook displays, for tests that look at it
+    return None
+
+
 def draw_notebook(name: str, folder: Path, **given: str) -> dict:
     "The names that a figure notebook leaves."
-    values = {"In": [], "display": lambda table: None}
+    values = {"In": [], "display": lambda table: SHOW(table)}
     for cell in json.loads((ROOT / f"paper_figures/{name}.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), values)
@@ -347,3 +351,20 @@ def test_a_figure_without_downstream_results_says_so_and_one_with_them_is_drawn_
         assert not any("no results" in ax.get_title() for ax in values["fig"].axes)
     written = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert written and all((tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes() for file in written)
+
+
+@pytest.mark.parametrize("name", ["figure_3", "figure_4", "ablation"])
+def test_a_figure_of_gains_is_drawn_with_and_without_patients_and_with_both_names_of_an_arm(name, tmp_path, monkeypatch):
+    runs, _ = world(1, 0.01, ["baseline", "adapted", "combined", "ours", "declip-infonce", "declip-mvs", "image-simclr"])
+    second = runs[runs.arm.isin(["adapted", "image-simclr"])].replace({"arm": {"adapted": "infonce", "image-simclr": "adapted-image"}})
+    runs = pd.concat([runs[runs.arm != "image-simclr"], second], ignore_index=True).assign(preset="demo")
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    shown = []
+    monkeypatch.setitem(draw_notebook.__globals__, "SHOW", shown.append)
+    draw_notebook(name, tmp_path, results=str(tmp_path / "runs.csv"))
+    placed(runs, 2).to_csv(tmp_path / "placements.csv", index=False)
+    draw_notebook(name, tmp_path, results=str(tmp_path / "runs.csv"))
+    half = len(shown) // 2
+    for seeds, patients in zip(shown[:half], shown[half:], strict=True):
+        assert seeds["mean"].equals(patients["mean"]) and (patients.high - patients.low > seeds.high - seeds.low).any()
+    assert half
