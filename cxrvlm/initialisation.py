@@ -159,7 +159,7 @@ def load_published(
 def foreign_words(
     folder: Path,  # of a published BERT
     tokenizer: PreTrainedTokenizerBase,  # that it shall read with
-    trained: bool,  # was the tokenizer trained here?
+    trained: bool,  # was the tokenizer trained here, and the encoder elsewhere?
 ) -> str:  # "" if they belong together, as far as the files say
     "Why an encoder would read nonsense."
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
@@ -183,7 +183,7 @@ def load_masked_lm(
             f"the text encoder {start} takes {config.vocab_size} words and {config.max_position_embeddings} tokens; "
             f"the tokenizer has {len(tokenizer)} words, and max_tokens or cxrbert_max_tokens is {longest}"
         )
-    if start != "random" and (fault := foreign_words(fetch(start, settings.weights), tokenizer, settings.tokenizer == "train")):
+    if start != "random" and (fault := foreign_words(fetch(start, settings.weights), tokenizer, settings.tokenizer == "train" and start == settings.text_encoder)):
         raise WeightsError(fault)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, "weights", "text"))
