@@ -185,7 +185,7 @@ def test_figure_6_claims_nothing_about_real_images(real, tmp_path, monkeypatch):
     studies, exclusions = cxrvlm.data.load_studies(cxrvlm.settings.load_settings("smoke"))
     if real:
         studies = studies.assign(image="png/" + studies.study_id)
-        monkeypatch.setattr(cxrvlm.images, "read_image", lambda *path: np.zeros((8, 8)))
+        monkeypatch.setattr(cxrvlm.images, "read_image", lambda ref, size, *more: np.zeros((size, size), np.uint8))
     monkeypatch.setattr(cxrvlm.data, "load_studies", lambda settings: (studies, exclusions))
     pairs = {"study_id": studies.study_id, "neighbour": np.roll(studies.study_id, 1), "similarity": np.linspace(1, 0, len(studies))}
     pd.DataFrame(pairs).to_csv(tmp_path / "neighbours.csv", index=False)
