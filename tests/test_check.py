@@ -276,6 +276,15 @@ def test_weights_of_ones_own_that_do_not_fit_are_said(home, tmp_path, key, words
     assert [remark.text for remark in report.remarks if remark.about == "weights of smoke" and words in remark.text and remark.level == "error"]
 
 
+@pytest.mark.parametrize("name", ["timm:resnet999", "resnet19"])
+def test_an_image_encoder_that_there_is_not_is_said(home, name):
+    table().to_csv(home / "mine.csv", index=False)
+    for named, level in ((True, "error"), (False, "warning")):
+        report = check_table(home / "mine.csv", replace(SMOKE, image_encoder=name, image_weights="random"), named=named)
+        assert [remark.level for remark in report.remarks if remark.about == "encoder of smoke" and name in remark.text] == [level]
+    assert not [remark for remark in check_table(home / "mine.csv", SMOKE).remarks if remark.about.startswith("encoder")]
+
+
 def test_an_encoder_and_the_vocabulary_of_another_are_refused(home, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
     BertForMaskedLM(BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).save_pretrained(tmp_path)

@@ -192,6 +192,17 @@ def test_an_element_that_no_picture_needs_may_be_anything(tmp_path, name):
     assert read_image(path, 32).any()
 
 
+@pytest.mark.parametrize("kind, used", [("1.2.840.10008.5.1.4.1.1.12.1", False), ("1.2.840.10008.5.1.4.1.1.12.2", False), ("1.2.840.10008.5.1.4.1.1.1", True)])
+def test_angiographys_table_is_of_doses(tmp_path, kind, used):
+    "DICOM's XA and XRF: their Modality LUT is not for display."
+    table = pydicom.Dataset()
+    table.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    table.add_new("LUTData", "OW", (np.linspace(0, 1, 4096) ** 4 * 60000).astype(np.uint16).tobytes())
+    table.ModalityLUTType = "US"
+    plain, other = (read_image(store(tmp_path / "x", gradient(), SOPClassUID=kind, **tags), 32).astype(int) for tags in ({}, {"ModalityLUTSequence": [table]}))
+    assert (np.abs(plain - other).max() > 50) == used
+
+
 def test_a_table_of_bytes_is_looked_up_for_more_than_bytes(tmp_path):
     plain, looked_up = (read_image(store(tmp_path / "x", gradient(), **tags), 32).astype(int) for tags in ({}, {"VOILUTSequence": [table_of()]}))
     assert np.abs(plain - looked_up).max() <= 1

@@ -124,6 +124,14 @@ ROWS: dict[str, tuple[str, str]] = {
     "a study that is a word for nothing": (a_row(study="N/A"), r"error: .*study_id: 1 cells hold 'N/A' \(row 32\)"),
     "an id with a sign that nobody sees": (a_row(patient="p0\u200b"), "read: .*patients p0 p1 p2"),
     "an id that a spreadsheet wrapped": (a_row(patient='"=""p0"""'), "read: .*patients p0 p1 p2"),
+    "an id with the apostrophe of a spreadsheet's text": (a_row(patient="'p0"), "read: .*patients p0 p1 p2"),
+    "a file named on a Mac": (a_row("Mu\u0308ller.png"), "read"),
+    "a file named on a Mac, and its table elsewhere": (a_row("M\u00fcller.png"), "read"),
+    "a second addendum": (a_row(report="FINDINGS: Clear. IMPRESSION: Normal. Addendum 2: There is an effusion."), r"read: .* Normal\.$"),
+    "an addendum with its time": (a_row(report='"IMPRESSION: Normal.\nAddendum (2 Jan 2020 10:15): There is an effusion."'), r"read: .* Normal\.$"),
+    "notes of somebody else": (a_row(report='"Findings: Clear.\nImpression: Normal.\nRadiographer notes: Patient rotated."'), r"read: .* Normal\.$"),
+    "HTML escaped twice": (a_row(report="IMPRESSION: Scar &amp;lt; 5 mm &amp;amp; more."), "read: .* Scar < 5 mm & more"),
+    "tags of a clinical document": (a_row(report="<text><title>IMPRESSION</title><paragraph>Normal.</paragraph></text>"), r"read: .* Normal\.$"),
     "a path from Windows": (a_row("im\\odd.png"), r"excluded: there is no such file; check the path, and write / instead of \\ in it"),
     "a dash for nobody": (a_row(patient="-"), r"error: .*patient_id: 1 cells hold '-' \(row 32\)"),
     "unknown for nobody": (a_row(patient="Unknown"), r"error: .*patient_id: 1 cells hold 'Unknown' \(row 32\)"),
@@ -207,7 +215,8 @@ def try_image(folder: Path, name: str) -> str:
 
 
 def try_row(folder: Path, name: str) -> str:
-    picture().save(folder / "odd.png")
+    for file in ("odd.png", "Mu\u0308ller.png"):
+        picture().save(folder / file)
     (folder / "mine.csv").write_text(HEADER + good_rows(folder) + ROWS[name][0])
     return outcome(lambda: load_table(folder / "mine.csv"), folder / "store")
 
