@@ -73,6 +73,8 @@ def settings_of(version: Version, device: str, preset: str, **changes):
     settings = version.settings
     if "device" in settings.Settings.model_fields:  # before, accelerate found the device
         changes["device"] = device
+    if "text_pooling" in settings.Settings.model_fields:  # the reference knows no other
+        changes["text_pooling"] = "cls"
     return settings.replace(settings.load_settings(preset, version.ini), **changes)
 
 
