@@ -883,6 +883,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cxrvlm.studies.StudiesError': ('studies.html#studieserror', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.add_pair_text': ('studies.html#add_pair_text', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.answers': ('table.html#answers', 'cxrvlm/studies.py'),
+                                'cxrvlm.studies.as_on_disk': ('table.html#as_on_disk', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.below_common_folder': ('studies.html#below_common_folder', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.brief': ('studies.html#brief', 'cxrvlm/studies.py'),
                                 'cxrvlm.studies.broken_numbers': ('table.html#broken_numbers', 'cxrvlm/studies.py'),

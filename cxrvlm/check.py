@@ -230,7 +230,12 @@ def ask_about_stages(report: Report, studies: pd.DataFrame, readable: pd.DataFra
 def ask_about_weights(report: Report, studies: pd.DataFrame, settings: Settings, level: str) -> None:
     "Weights and vocabularies that the arms of the preset need: are they there, and do the user's own fit?"
     from cxrvlm.data import make_tokenizer
+    from cxrvlm.encoders import build_backbone
     from cxrvlm.initialisation import build_model, missing_weights
+    try:
+        build_backbone(settings.image_encoder, settings.image_size, settings.output_stride)
+    except ValueError as error:
+        report.add(level, f"encoder of {settings.preset}", str(error))
     about, missing = f"weights of {settings.preset}", {name: missing_weights(settings, load_arm(name)) for name in settings.arms}
     none_left = all(missing.values())
     for sentence in dict.fromkeys(sentence for sentences in missing.values() for sentence in sentences):

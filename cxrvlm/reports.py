@@ -105,8 +105,8 @@ def split_sections(
     return {name: " ".join(found) for name, found in words.items() if found or name != "report"}
 
 # %% ../nbs/01_reports.ipynb #bf7cdf12
-BREAKS = re.compile(r"(?i)\\\.(?:br|sp|ce|fi|nf|in|ti|sk)[ +-]?\d*\\|\\x0[ad](?:0[ad])*\\|(?-i:\\r\\n|\\[nr])|_x000d_|</?(?:br|p|div|li|ul|ol|tr|table|h\d)\b[^<>]*>")
-TAGS = re.compile(r"(?i)</?(?:b|strong|i|em|u|span|font|td|th|tbody|html|body)\b[^<>]*>")
+BREAKS = re.compile(r"(?i)\\\.(?:br|sp|ce|fi|nf|in|ti|sk)[ +-]?\d*\\|\\x0[ad](?:0[ad])*\\|(?-i:\\r\\n|\\[nr])|_x000d_|</?(?:br|p|div|li|ul|ol|tr|table|title|paragraph|section|caption|item|list|h\d)\b[^<>]*>")
+TAGS = re.compile(r"(?i)</?(?:b|strong|i|em|u|span|font|td|th|tbody|html|body|text|content)\b[^<>]*>")
 SPACES, HIDDEN = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"), re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 ESCAPES = {"T": "&", "F": "|", "S": "^", "R": "~", "E": "\\"}  # of HL7; \H\ and \N\ only mark
 
@@ -116,7 +116,8 @@ def tidy(
     "A text without HTML, the escapes of HL7 and signs that nobody sees, with plain blanks and line breaks."
     text = TAGS.sub(" ", BREAKS.sub("\n", text))
     text = re.sub(r"\\([TFSREHN])\\", lambda found: ESCAPES.get(found[1], ""), text)
-    text = re.sub(r"&(?:#\d+|#x[\da-fA-F]+|[a-z]+);", lambda found: html.unescape(found[0]), text)
+    for _ in range(2):  # some programs escape what is escaped
+        text = re.sub(r"&(?:#\d+|#x[\da-fA-F]+|[a-z]+);", lambda found: html.unescape(found[0]), text)
     return unicodedata.normalize("NFC", HIDDEN.sub("", SPACES.sub(" ", text)))
 
 # %% ../nbs/01_reports.ipynb #af82bb5b
@@ -130,10 +131,13 @@ ALIASES = {
     "IMPRESSION": ["imp", "imp.", "impr", "impr.", "assessment", "assessment and plan", "a and p", "interpretation", "beurteilung", "bewertung", "zusammenfassung", "interprétation",
                    "impresión", "impresion", "impresión diagnóstica", "impresion diagnostica", "conclusión", "conclusiones", "conclusão", "impressão", "impressione", "conclusione",
                    "conclusioni", "conclusie", "beoordeling", "印象", "结论", "結論", "诊断", "診断"],
+    "ADDENDUM": [*(f"addendum {mark}{number}" for mark in ("", "#") for number in range(1, 10)), "addenda"],
+    "NOTIFICATION": [*(f"{who} {what}" for who in ("radiographer", "technologist", "technician") for what in ("note", "comment", "remark")), "attestation",
+                     "disclaimer", "dictated by", "reported by", "signed by", "electronically signed by"],
 }
 MEANING = {plain_name(name): section for section, names in ALIASES.items() for name in names}
 NAME = "|".join(spelled(name) for name in sorted([*HEADERS, *MEANING], key=len, reverse=True))
-FIRST, COLON = "(?:finding|impression|conclusion)s?", r"(?:[ \t]*\([^()\n:]{1,20}\))?[ \t]*[\])】>*_}]*[ \t]*[:：﹕∶]"
+FIRST, COLON = "(?:finding|impression|conclusion)s?", r"(?:[ \t]*\([^()\n]{1,24}\))?[ \t]*[\])】>*_}]*[ \t]*[:：﹕∶]"
 FRONT = r"(?:[ \t>#*_=•·\[(【<{|-]|\(?(?:\d{1,2}|[ivx]{1,4}|[a-h])[.)])*+"
 STOP = r"(?:(?<=[.!?;:)\]|*])|(?<=[.!?;:)\]|*] )|(?<=  )|(?<=\t))(?:\(?\d{1,2}[.)][ \t]*|[(*#_\[【]+[ \t]*)?"
 INSIDE = re.compile(rf"(?i){STOP}(?:{NAME}){COLON}|[\[【](?:{NAME})[\]】]|(?<![\w(*_\[-])[(*_\[]*(?P<bare>{NAME}){COLON}")
@@ -153,7 +157,7 @@ def begins_here(
 
 
 # %% ../nbs/01_reports.ipynb #d13909a7
-AT_START = re.compile(rf"(?im)^(?P<front>{FRONT})(?P<name>{NAME})(?:[ \t]*\([^()\n:]{{1,20}}\)(?=[ \t*_]*[:：﹕∶]))?[ \t]*[\])】>*_}}]*(?:[ \t]*(?P<colon>[:：﹕∶]+[*_]*)|[ \t]+[-–—]+(?=\s)|[–—]|[ \t]*$|(?<=[\]】*]))")
+AT_START = re.compile(rf"(?im)^(?P<front>{FRONT})(?P<name>{NAME})(?:[ \t]*\([^()\n]{{1,24}}\)(?=[ \t*_]*[:：﹕∶]))?[ \t]*[\])】>*_}}]*(?:[ \t]*(?P<colon>[:：﹕∶]+[*_]*)|[ \t]+[-–—]+(?=\s)|[–—]|[ \t]*$|(?<=[\]】*]))")
 
 def as_heading(
     found: re.Match,  # of AT_START
