@@ -399,6 +399,7 @@ def look_at_all(report: Report, studies: pd.DataFrame, settings: Settings, named
     ask_about_labels(report, pairs)
     return report
 
+# %% ../nbs/07b_check.ipynb #f9f065cf
 def check_table(
     path: str | Path,  # CSV or parquet, as for `load_table`
     settings: Settings,  # the preset that the table is held against

@@ -366,10 +366,8 @@ def fill(
     "Decode every row that is not done."
     todo = np.flatnonzero(~done).tolist()
     processes = max(workers, 1) if len(todo) >= MANY else 1
-    pool = Parallel(
-        processes, return_as="generator_unordered", idle_worker_timeout=30,  # seconds; joblib's default is 300
-        initializer=end_with, initargs=(os.getpid(),),
-    )
+    options = {"idle_worker_timeout": 30, "initializer": end_with, "initargs": (os.getpid(),)}  # seconds; joblib's default is 300
+    pool = Parallel(processes, return_as="generator_unordered", **options)
     results = pool(delayed(attempt)(row, refs[row], pixels.shape[1], root, crop) for row in todo)
     if len(todo) >= MANY:
         results = tqdm(results, total=len(todo), desc=f"images at {pixels.shape[1]} px", unit="image")

@@ -142,6 +142,7 @@ FRONT = r"(?:[ \t>#*_=•·\[(【<{|-]|\(?(?:\d{1,2}|[ivx]{1,4}|[a-h])[.)])*+"
 STOP = r"(?:(?<=[.!?;:)\]|*])|(?<=[.!?;:)\]|*] )|(?<=  )|(?<=\t))(?:\(?\d{1,2}[.)][ \t]*|[(*#_\[【]+[ \t]*)?"
 INSIDE = re.compile(rf"(?i){STOP}(?:{NAME}){COLON}|[\[【](?:{NAME})[\]】]|(?<![\w(*_\[-])[(*_\[]*(?P<bare>{NAME}){COLON}")
 
+# %% ../nbs/01_reports.ipynb #6b23554a
 def begins_here(
     found: re.Match,  # of INSIDE
 ) -> str:
@@ -154,7 +155,6 @@ def begins_here(
     shouted = bare and bare.isupper() and (not last or not last[0].isupper() or last[0] in ("REPORT", "NARRATIVE"))
     capital = bare and bare[0].isupper() and re.fullmatch(FIRST, bare, re.IGNORECASE) and last and not last[0].isupper()
     return "\n" + found[0] if not bare or shouted or capital else found[0]
-
 
 # %% ../nbs/01_reports.ipynb #d13909a7
 AT_START = re.compile(rf"(?im)^(?P<front>{FRONT})(?P<name>{NAME})(?:[ \t]*\([^()\n]{{1,24}}\)(?=[ \t*_]*[:：﹕∶]))?[ \t]*[\])】>*_}}]*(?:[ \t]*(?P<colon>[:：﹕∶]+[*_]*)|[ \t]+[-–—]+(?=\s)|[–—]|[ \t]*$|(?<=[\]】*]))")

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Positive', 'Share', 'Weight', 'Floats', 'Sizes', 'Fractions', 'Prompt', 'Prompts', 'STAGE2',
            'TAKEN', 'WORDS', 'AROUND', 'STAGE1', 'LOCAL', 'DECLIP', 'SHARED', 'USED', 'words', 'Checked',
-           'DataSettings', 'GuardSettings', 'EncoderSettings', 'TrainingSettings', 'SweepSettings', 'VLMAugmentations',
-           'SimCLRAugmentations', 'Stage1Settings', 'Stage1Training', 'LocalSettings', 'DeCLIPSettings', 'prompts',
-           'EvaluationSettings', 'Settings', 'Arm', 'SettingsError', 'wrong_name', 'refuse_names', 'from_root',
-           'refuse_cuts', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names', 'inherited', 'load_settings',
-           'load_arm', 'replace', 'in_arm', 'in_stage', 'keys_of', 'of_others', 'at_default', 'short_hash',
-           'stage_digest', 'digest', 'check_parameters']
+           'DataSettings', 'SourceSettings', 'GuardSettings', 'EncoderSettings', 'TrainingSettings', 'SweepSettings',
+           'VLMAugmentations', 'SimCLRAugmentations', 'Stage1Settings', 'Stage1Training', 'LocalSettings',
+           'DeCLIPSettings', 'prompts', 'EvaluationSettings', 'Settings', 'Arm', 'SettingsError', 'wrong_name',
+           'refuse_names', 'from_root', 'refuse_cuts', 'read_ini', 'explain', 'fill', 'preset_names', 'arm_names',
+           'inherited', 'load_settings', 'load_arm', 'replace', 'in_arm', 'in_stage', 'keys_of', 'of_others',
+           'at_default', 'short_hash', 'stage_digest', 'digest', 'check_parameters']
 
 # %% ../nbs/00_settings.ipynb #1dc75306
 import ast
@@ -60,6 +60,32 @@ class DataSettings(Checked):
     split_sizes: Sizes = ()  # pairs for training, validation and test, for split = patient; empty: 80, 10 and 10% of the patients
     unpaired: Count = 0  # further training studies that only stage 1 reads, for source = phantom
     pair_text: Literal["impression", "findings_impression"] = "impression"  # what an image is paired with
+
+# %% ../nbs/00_settings.ipynb #7e13afda
+class SourceSettings(DataSettings):
+    "The same, as far as they fit together."
+
+    @model_validator(mode="after")
+    def fits_its_source(self):
+        if (self.source == "phantom") != (self.pairs > 0):
+            raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
+        own = {"mimic": ["folder", "official"], "table": ["patient", "column"], "medpix": ["patient", "official"]}
+        splits = [*own.get(self.source, ["patient"]), "folds"]
+        if self.split not in splits:
+            raise ValueError(f"split = {self.split}: {' or '.join(splits)} for source = {self.source}")
+        if self.unpaired and (self.source != "phantom" or self.split != "patient"):
+            raise ValueError(f"unpaired = {self.unpaired}: 0 for source = {self.source} and split = {self.split}, because only phantoms can be made up, and they are of no fold")
+        if self.split_sizes and (self.split != "patient" or len(self.split_sizes) != 3):
+            raise ValueError("split_sizes: three numbers, for training, validation and test, and only for split = patient; or leave it empty")
+        if self.source == "phantom" and self.split_sizes and sum(self.split_sizes) != self.pairs:
+            raise ValueError(f"split_sizes: they add up to {sum(self.split_sizes)}, and pairs = {self.pairs}; make them equal")
+        closed = {"mimic": "the licence of MIMIC-CXR forbids to share its reports and images",
+                  "medpix": "the contributors of MedPix have not allowed to share its captions and images"}
+        if self.source in closed and self.restricted == "no":
+            raise ValueError(f"restricted = no: {closed[self.source]}; use auto")
+        if self.source in ("mimic", "table", "medpix") and not self.data:
+            raise ValueError(f"data is empty: source = {self.source} needs the path of its {'file' if self.source == 'table' else 'folder'}")
+        return self
 
 # %% ../nbs/00_settings.ipynb #69ba08ab
 class GuardSettings(Checked):
@@ -214,7 +240,7 @@ class EvaluationSettings(Checked):
 
 # %% ../nbs/00_settings.ipynb #5096dd1c
 class Settings(
-    DataSettings, EncoderSettings, TrainingSettings, SweepSettings, VLMAugmentations, SimCLRAugmentations,
+    SourceSettings, EncoderSettings, TrainingSettings, SweepSettings, VLMAugmentations, SimCLRAugmentations,
     Stage1Settings, Stage1Training, LocalSettings, DeCLIPSettings, EvaluationSettings, GuardSettings,
 ):
     "All numbers of one preset."
@@ -228,32 +254,10 @@ class Settings(
             raise ValueError("batchnorm_images = 1: one image has no spread; use 0, or 2 and more")
         if len(self.crop) not in (0, 2) or sum(self.crop) >= 1:
             raise ValueError(f"crop = {self.crop}: two shares of the height, for the top and the bottom, that leave something; or empty")
-        if list(self.fractions) != sorted(set(self.fractions)):
-            raise ValueError(f"fractions = {self.fractions}: must rise")
-        return self
-
-    @model_validator(mode="after")
-    def fits_its_source(self):
-        if (self.source == "phantom") != (self.pairs > 0):
-            raise ValueError(f"pairs = {self.pairs}: above 0 for source = phantom, and 0 for every other source")
-        own = {"mimic": ["folder", "official"], "table": ["patient", "column"], "medpix": ["patient", "official"]}
-        splits = [*own.get(self.source, ["patient"]), "folds"]
-        if self.split not in splits:
-            raise ValueError(f"split = {self.split}: {' or '.join(splits)} for source = {self.source}")
-        if self.unpaired and (self.source != "phantom" or self.split != "patient"):
-            raise ValueError(f"unpaired = {self.unpaired}: 0 for source = {self.source} and split = {self.split}, because only phantoms can be made up, and they are of no fold")
-        if self.split_sizes and (self.split != "patient" or len(self.split_sizes) != 3):
-            raise ValueError("split_sizes: three numbers, for training, validation and test, and only for split = patient; or leave it empty")
-        if self.source == "phantom" and self.split_sizes and sum(self.split_sizes) != self.pairs:
-            raise ValueError(f"split_sizes: they add up to {sum(self.split_sizes)}, and pairs = {self.pairs}; make them equal")
         if self.split == "folds" and max(self.seeds) > 4:
             raise ValueError(f"seeds = {max(self.seeds)}: with split = folds a seed is the number of a fold, 0 to 4")
-        closed = {"mimic": "the licence of MIMIC-CXR forbids to share its reports and images",
-                  "medpix": "the contributors of MedPix have not allowed to share its captions and images"}
-        if self.source in closed and self.restricted == "no":
-            raise ValueError(f"restricted = no: {closed[self.source]}; use auto")
-        if self.source in ("mimic", "table", "medpix") and not self.data:
-            raise ValueError(f"data is empty: source = {self.source} needs the path of its {'file' if self.source == 'table' else 'folder'}")
+        if list(self.fractions) != sorted(set(self.fractions)):
+            raise ValueError(f"fractions = {self.fractions}: must rise")
         return self
 
 # %% ../nbs/00_settings.ipynb #9aab1bc3

@@ -558,8 +558,6 @@ def broken_numbers(
 # %% ../nbs/02a_table.ipynb #b7ea6e01
 UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 NOBODY = ["unknown", "missing", "anonymous", "anonymized", "anonymised"]
-MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
-DATED = rf"(?i)\d{{1,2}}-{MONTH}(?:-\d+)?|{MONTH}-\d+|\d{{1,2}}/\d{{1,2}}/\d{{4}}"
 
 def spell_id(text: str) -> str:
     "An id without surplus blanks, signs that nobody sees and a spreadsheet's =\"\" or apostrophe for text, each letter in one spelling."
@@ -569,6 +567,10 @@ def spell_id(text: str) -> str:
 def names_nobody(text: str) -> bool:
     "Is a cell of ids blank, or a word or a dash for that?"
     return text.lower() in [*BLANKS, *NOBODY] or not re.search(r"[^\W_]", text)
+
+# %% ../nbs/02a_table.ipynb #23c35c97
+MONTH = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
+DATED = rf"(?i)\d{{1,2}}-{MONTH}(?:-\d+)?|{MONTH}-\d+|\d{{1,2}}/\d{{1,2}}/\d{{4}}"
 
 def answers(ids: pd.Series) -> pd.Series:
     "True and false in a column that holds nothing else."

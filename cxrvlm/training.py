@@ -408,8 +408,7 @@ def train(
         while not progress.finished(settings):
             start, waited = time.perf_counter(), batches.waited
             means = train_until_validation(objective, batches, optimizer, accelerator, progress, settings, seed, bar)
-            found = validate_as_seen(objective, train_set, valid_set, settings, accelerator)
-            if progress.record(means, found, settings.min_iterations):
+            if progress.record(means, validate_as_seen(objective, train_set, valid_set, settings, accelerator), settings.min_iterations):
                 write_atomically(saved / "best.pt", lambda path: torch.save(objective.state_dict(), path))
             progress.seconds, progress.loading = progress.seconds + time.perf_counter() - start, progress.loading + batches.waited - waited
             save_checkpoint(saved, objective, optimizer, progress, digest)
